@@ -1,0 +1,1 @@
+"""Who does the rooms' work: one process."""
