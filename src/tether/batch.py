@@ -1,0 +1,280 @@
+"""The nouns that the rooms hand to each other, and what a policy must be able to do.
+
+    Prompts → Generation → Rollout → Scores → Rewards → Experience → Outcome
+              (Sequences: prompt and response as one row, what a forward pass reads)
+
+The axes' legend, for every shape in the project:
+    batch     one row a response (an episode)          prompt    prompt tokens, left-padded
+    response  response tokens, right-padded            total     prompt + response, padded on the right only
+    vocab     the policy's vocabulary                  dim       width of a hidden state
+    pairs     preference pairs
+
+All are frozen; tensors in them are never edited in place. `response_mask` is True on real response tokens, the EOS
+that ends a response included. This module knows no settings, model or log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tether.errors import InputError
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of tokenised prompts."""
+
+    ids: Int[Tensor, "batch prompt"]
+    """Token ids, left-padded."""
+    mask: Bool[Tensor, "batch prompt"]
+    """True on prompt tokens, False on the padding."""
+    texts: tuple[str, ...]
+    """The prompts as people wrote them, before any chat template; what reward functions receive."""
+    keys: tuple[int, ...]
+    """One number a row that names its random stream: the prompt's place in the data, and the sample's number."""
+    columns: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    """Further columns of the data set, one entry a row, handed to reward functions by name."""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        return self.mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a sampler yields for a batch of prompts."""
+
+    responses: Int[Tensor, "batch response"]
+    """Token ids, right-padded; the EOS that ends a response belongs to it."""
+    response_mask: Bool[Tensor, "batch response"]
+    """True on response tokens."""
+    sampler_logprobs: Float[Tensor, "batch response"]
+    """log-probabilities under which the sampler drew the tokens; 0 where masked."""
+    finished: Bool[Tensor, "batch"]
+    """True where the response ended by EOS (or in a world of fixed length), False where it was cut."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompt and response as one row each, `[prompt … response … padding]`: what a forward pass reads."""
+
+    ids: Int[Tensor, "batch total"]
+    prompt_lengths: Int[Tensor, "batch"]
+    response_lengths: Int[Tensor, "batch"]
+    states: Float[Tensor, "batch total dim"] | None = None
+    """The frozen trunk's hidden states, where the policy keeps them for the whole update (mode `top`)."""
+
+    @staticmethod
+    def join(prompts: Prompts, generation: Generation, pad: int) -> Sequences:
+        """Lay the real tokens of each prompt and response end to end; the rest is `pad`."""
+        prompt_lengths, response_lengths = prompts.lengths, generation.response_mask.sum(dim=1)
+        total = int((prompt_lengths + response_lengths).max())
+        ids = torch.full((len(prompts), total), pad, dtype=torch.long, device=prompts.ids.device)
+        for row in range(len(prompts)):
+            tokens = torch.cat(
+                [prompts.ids[row, prompts.mask[row]], generation.responses[row, generation.response_mask[row]]]
+            )
+            ids[row, : len(tokens)] = tokens
+        return Sequences(ids, prompt_lengths, response_lengths)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @cached_property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        """Real tokens a row, prompt and response together."""
+        return self.prompt_lengths + self.response_lengths
+
+    @cached_property
+    def mask(self) -> Bool[Tensor, "batch total"]:
+        """True on real tokens of prompt and response."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    @cached_property
+    def response_mask(self) -> Bool[Tensor, "batch response"]:
+        """True on real response tokens."""
+        width = int(self.response_lengths.max())
+        return torch.arange(width, device=self.ids.device) < self.response_lengths[:, None]
+
+    @cached_property
+    def response_positions(self) -> Int[Tensor, "batch response"]:
+        """Where in `ids` each response token stands; padding points at the row's last column (a valid index)."""
+        width = self.response_mask.shape[1]
+        positions = self.prompt_lengths[:, None] + torch.arange(width, device=self.ids.device)
+        return positions.clamp(max=self.ids.shape[1] - 1)
+
+    @cached_property
+    def responses(self) -> Int[Tensor, "batch response"]:
+        """The response tokens, right-padded with any valid token."""
+        return self.ids.gather(1, self.response_positions)
+
+    def rows(self, index: Int[Tensor, "rows"]) -> Sequences:
+        """The rows named, trimmed to the longest of them."""
+        total = int(self.lengths[index].max())
+        return Sequences(
+            self.ids[index, :total],
+            self.prompt_lengths[index],
+            self.response_lengths[index],
+            None if self.states is None else self.states[index, :total],
+        )
+
+    def with_states(self, states: Float[Tensor, "batch total dim"]) -> Sequences:
+        return replace(self, states=states)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the policy says of given responses; carries gradients where they are enabled. 0 where masked."""
+
+    logprobs: Float[Tensor, "batch response"]
+    """log π(y_t|s_t) at the policy's temperature, nats per token."""
+    values: Float[Tensor, "batch response"]
+    """V(s_t), the expected return before y_t is emitted, in the score's unit."""
+    entropy: Float[Tensor, "batch response"]
+    """H(π(·|s_t)), nats per token; detached."""
+
+
+@dataclass(frozen=True)
+class ReferenceEvaluation:
+    """What the frozen reference says of the same responses. Never carries gradients. 0 where masked."""
+
+    logprobs: Float[Tensor, "batch response"]
+    """log π_ref(y_t|s_t), nats per token, at the policy's temperature."""
+    full_kl: Float[Tensor, "batch response"]
+    """KL(π(·|s_t)‖π_ref(·|s_t)) over the whole vocabulary, nats per token."""
+
+
+class Policy(Protocol):
+    """A policy with a value head and a frozen reference: what the rooms ask of any model."""
+
+    def generate(self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float) -> Generation:
+        """Sample one response a prompt, token t of row b by the inverse CDF at `uniforms[b, t]`.
+
+        The width of `uniforms` caps the response. The same uniforms give the same responses, whatever the batch.
+        """
+
+    def prepare(self, sequences: Sequences) -> Sequences:
+        """Compute once what every later forward pass of this rollout shares (mode `top`: the trunk's states)."""
+
+    def evaluate(self, sequences: Sequences, temperature: float) -> Evaluation:
+        """log-probabilities, values and entropies of the responses under the policy as it stands."""
+
+    def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
+        """The same responses under the frozen reference, and the full-vocabulary KL to it."""
+
+    def decode(self, responses: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> list[str]:
+        """The responses as text, special tokens left out."""
+
+    def trainable(self) -> Mapping[str, Sequence[torch.nn.Parameter]]:
+        """Parameters by group: `policy` and `value`; no parameter stands in two groups."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses with all that is known of them before any score: the data of one update."""
+
+    prompts: Prompts
+    sequences: Sequences
+    texts: tuple[str, ...]
+    """The responses as text, special tokens left out."""
+    logprobs: Float[Tensor, "batch response"]
+    """log π_θold(y_t|s_t), recomputed by the policy that sampled."""
+    sampler_logprobs: Float[Tensor, "batch response"]
+    """The same as the sampler saw them; equal up to round-off where the sampler is honest."""
+    ref_logprobs: Float[Tensor, "batch response"]
+    values: Float[Tensor, "batch response"]
+    entropy: Float[Tensor, "batch response"]
+    full_kl: Float[Tensor, "batch response"]
+    finished: Bool[Tensor, "batch"]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time of generation and of the no-gradient forward passes."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def response_mask(self) -> Bool[Tensor, "batch response"]:
+        return self.sequences.response_mask
+
+    @property
+    def kl(self) -> Float[Tensor, "batch"]:
+        """Σ_t log π_θold − log π_ref, nats per response; its mean is the estimate of K."""
+        return torch.where(self.response_mask, self.logprobs - self.ref_logprobs, 0.0).sum(dim=1)
+
+
+class Reward(Protocol):
+    """What scores responses: one number a response, higher is better."""
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]
+    ) -> Iterable[float]: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One score a response, as the reward gave them."""
+
+    scores: Float[Tensor, "batch"]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Per-token rewards on the string: −β·KL everywhere, plus the score on the last token."""
+
+    rewards: Float[Tensor, "batch response"]
+    scores: Float[Tensor, "batch"]
+    """The scores that went in: after the rule for responses that did not end by EOS."""
+    beta: float
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All that the PPO update reads. Advantages are whitened where the settings say so; returns never are."""
+
+    sequences: Sequences
+    old_logprobs: Float[Tensor, "batch response"]
+    old_values: Float[Tensor, "batch response"]
+    advantages: Float[Tensor, "batch response"]
+    returns: Float[Tensor, "batch response"]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def rows(self, index: Int[Tensor, "rows"]) -> Experience:
+        """The rows named, trimmed to the longest of them."""
+        sequences = self.sequences.rows(index)
+        width = sequences.response_mask.shape[1]
+        return Experience(
+            sequences,
+            self.old_logprobs[index, :width],
+            self.old_values[index, :width],
+            self.advantages[index, :width],
+            self.returns[index, :width],
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one update did, as numbers of the metrics catalogue."""
+
+    metrics: Mapping[str, float]
+    epochs_used: int
+    skipped_steps: int
+    """Optimiser steps left out because a loss or gradient was not finite."""
+
+
+def check_rows(name: str, got: int, wanted: int) -> None:
+    """Raise InputError unless there is one entry a response."""
+    if got != wanted:
+        raise InputError(f"{name} gave {got} entries for {wanted} responses; wanted exactly one each, in order")

@@ -1,0 +1,101 @@
+"""The knobs, one model a room; every knob with its bounds, its default and one line of help.
+
+Sampling → RewardSettings → AdvantageSettings → UpdateSettings, joined in `PPOSettings`. Derived sizes are properties.
+Knows no torch: the command line and the page read the same models.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Base of all knobs: frozen, and an unknown name is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SamplingSettings(Settings):
+    """How responses are drawn. Sampling is pure: no top-k, top-p, repetition penalty or minimum length."""
+
+    max_new_tokens: int = Field(32, ge=1, description="Cap on the tokens of a response")
+    temperature: float = Field(1.0, gt=0, description="T inside the policy: logits/T for sampler, old, new, reference")
+    samples_per_prompt: int = Field(1, ge=1, description="Responses to each prompt of a batch")
+
+
+class RewardSettings(Settings):
+    """How a score becomes per-token rewards."""
+
+    beta: float = Field(0.05, ge=0, description="β, the string: price of one nat of KL in units of the score")
+    controller: Literal["fixed", "adaptive", "budget"] = Field("fixed", description="What moves β during a run")
+    target_kl: float = Field(6.0, gt=0, description="Nats per response that `adaptive` steers to or `budget` allows")
+    horizon: int = Field(10_000, gt=0, description="Responses over which `adaptive` or `budget` may move β by e-fold")
+    missing_eos: Literal["replace", "subtract", "zero", "bootstrap", "keep"] = Field(
+        "replace", description="What happens to the score of a response that was cut before EOS"
+    )
+    missing_eos_score: float = Field(-1.0, description="The score that `replace` sets, or minus what `subtract` takes")
+    whiten: bool = Field(False, description="Whiten per-token rewards (their mean is kept); off in the literature")
+
+
+class AdvantageSettings(Settings):
+    """Generalised advantage estimation."""
+
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount γ per token")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE's λ: 1 = return minus value, 0 = one-step surprise")
+    whiten: bool = Field(True, description="Whiten advantages once over the batch's real tokens")
+
+
+class UpdateSettings(Settings):
+    """The PPO update."""
+
+    epochs: int = Field(4, ge=1, description="Passes over a rollout; more than 4 asks for collapse")
+    minibatches: int = Field(4, ge=1, description="Optimiser steps in one pass")
+    clip_range: float = Field(0.2, gt=0, description="ε of the policy ratio")
+    value_clip_range: float | None = Field(0.2, gt=0, description="ε of the value, in units of the score; null = off")
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss")
+    learning_rate: float = Field(1e-5, gt=0, description="Adam's step size at the start")
+    value_learning_rate: float | None = Field(None, gt=0, description="The value head's own step size; null = the same")
+    schedule: Literal["linear", "constant"] = Field("linear", description="Learning rate falls to 0, or stays")
+    adam_epsilon: float = Field(1e-5, gt=0, description="Adam's ε")
+    adam_style: Literal["pytorch", "tensorflow"] = Field("pytorch", description="Where Adam's ε is added")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip of the gradient's global norm; null = off")
+    early_stop_kl: float | None = Field(
+        0.02, gt=0, description="Per token; the update ends when k3(π_old, π) exceeds 1.5 × this; null = never"
+    )
+    value_warmup: int = Field(0, ge=0, description="Updates at the start that train the value head alone")
+    tokens_per_micro_batch: int = Field(4096, ge=1, description="Padded tokens in one forward and backward pass")
+
+
+class PPOSettings(Settings):
+    """All knobs of the algorithm."""
+
+    sampling: SamplingSettings = SamplingSettings()
+    reward: RewardSettings = RewardSettings()
+    advantage: AdvantageSettings = AdvantageSettings()
+    update: UpdateSettings = UpdateSettings()
+    batch_size: int = Field(64, ge=1, description="Responses in one update")
+    steps: int = Field(100, ge=1, description="Updates")
+    seed: int = Field(0, ge=0, description="Seed of every random stream")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> PPOSettings:
+        if self.batch_size < self.update.minibatches:
+            raise ValueError(
+                f"batch_size {self.batch_size} is smaller than {self.update.minibatches} minibatches; "
+                f"try minibatches={self.batch_size}"
+            )
+        if self.batch_size % self.update.minibatches:
+            nearest = -(-self.batch_size // self.update.minibatches) * self.update.minibatches
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by {self.update.minibatches} minibatches; "
+                f"try batch_size={nearest}"
+            )
+        if self.batch_size % self.sampling.samples_per_prompt:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of samples_per_prompt "
+                f"{self.sampling.samples_per_prompt}; try batch_size="
+                f"{-(-self.batch_size // self.sampling.samples_per_prompt) * self.sampling.samples_per_prompt}"
+            )
+        return self
