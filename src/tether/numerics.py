@@ -159,7 +159,7 @@ def full_kl(
     Exact at each state, so free of the noise of k1; both distributions are taken at temperature T. A token to which
     the policy gives probability 0 adds 0. Raises ShapeError; InputError where T ≤ 0.
 
-    >>> full_kl(torch.tensor([0.0, 0.0]), torch.tensor([math.log(3.0), 0.0]))
+    >>> full_kl(torch.tensor([0.0, 0.0]), torch.tensor([3.0, 1.0]).log())
     tensor(0.1438)
     """
     _check_temperature(temperature)
@@ -195,6 +195,7 @@ def tethered_rewards(
     """
     _check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     _check_mask(mask)
+    _check_rows(mask)
     _check_scores(scores, mask)
     _check_beta(beta, allow_negative_beta)
     string = -beta * kl_k1(_clear(logprobs, mask), _clear(ref_logprobs, mask))
@@ -223,6 +224,7 @@ def gae(
     """
     _check_same_shape(rewards=rewards, values=values, mask=mask)
     _check_mask(mask)
+    _check_rows(mask)
     _check_unit_interval(gamma=gamma, lam=lam)
     rewards, values = _clear(rewards, mask), _clear(values, mask)
     next_value = next_advantage = torch.zeros_like(values[:, 0]) if values.shape[1] else values.sum(1)
@@ -315,9 +317,10 @@ def explained_variance(
     tensor(0.7500)
     """
     _check_same_shape(values=values, returns=returns, mask=mask)
-    returns_variance = _masked_variance(returns, mask)
+    returns_variance = _masked_variance(returns, mask)  # round-off may leave it above 0 where all returns are equal
+    returns_vary = torch.where(mask, returns, -torch.inf).max() > torch.where(mask, returns, torch.inf).min()
     residual_variance = _masked_variance(_clear(returns, mask) - _clear(values, mask), mask)
-    return torch.where(returns_variance > 0, 1.0 - residual_variance / returns_variance, torch.nan)
+    return torch.where(returns_vary, 1.0 - residual_variance / returns_variance, torch.nan)
 
 
 # ── §8 preferences ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -353,10 +356,9 @@ def _clear(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _expectation(logprobs: Tensor, values: Tensor) -> Tensor:
-    """Σ_v e^{logprobs}·values, where an outcome of probability 0 adds 0 to the value and to the gradient."""
-    possible = logprobs > -torch.inf
-    weights = torch.where(possible, logprobs, -torch.inf).exp()
-    return (weights * torch.where(possible, values, 0.0)).sum(dim=-1)
+    """Σ_v e^{logprobs}·values, where an outcome of probability 0 adds 0 to the value and to the gradient; NaN stays."""
+    possible = logprobs != -torch.inf
+    return (logprobs.exp() * torch.where(possible, values, 0.0)).sum(dim=-1)
 
 
 def _masked_variance(x: Tensor, mask: Tensor) -> Tensor:
@@ -396,13 +398,18 @@ def _check_mask(mask: Tensor) -> None:
         raise InputError(f"mask has dtype {mask.dtype}; wanted torch.bool, True = a real token: try mask.bool()")
 
 
+def _check_rows(mask: Tensor) -> None:
+    if mask.ndim != 2:
+        raise ShapeError(f"got tensors of shape {_shape(mask)}; wanted [batch, response], one row a response")
+
+
 def _check_not_empty(mask: Tensor) -> None:
     if not bool(mask.any()):
         raise EmptyMaskError(f"the mask {_shape(mask)} has no true entry; a mean over no token is undefined")
 
 
 def _checked_denominator(denominator: float | Tensor) -> float | Tensor:
-    if not bool(torch.as_tensor(denominator > 0)):
+    if not 0.0 < float(denominator) < float("inf"):
         raise InputError(f"denominator is {float(denominator)}; wanted the number of real tokens of the whole batch")
     return denominator
 
@@ -431,9 +438,10 @@ def _check_scores(scores: Tensor, mask: Tensor) -> None:
 def _check_beta(beta: float | Tensor, allow_negative: bool) -> None:
     if not bool(torch.isfinite(torch.as_tensor(beta)).all()):
         raise NonFiniteError(f"beta is {beta}; wanted a finite number ≥ 0")
-    if not allow_negative and bool((torch.as_tensor(beta) < 0).any()):
+    lowest = float(beta.min()) if isinstance(beta, Tensor) else beta
+    if lowest < 0 and not allow_negative:
         raise InputError(
-            f"beta is {float(beta)}; a negative beta pays the policy for drifting from its reference. "
+            f"beta is {lowest}; a negative beta pays the policy for drifting from its reference. "
             "Use beta ≥ 0, or pass allow_negative_beta=True to study the sign error"
         )
 
