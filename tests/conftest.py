@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 torch.set_num_threads(1)  # each worker process of the suite has one core
 
 _common = {"deadline": None, "derandomize": True, "database": None}
-settings.register_profile("suite", max_examples=50, **_common)
+settings.register_profile("suite", max_examples=30, **_common)
 settings.register_profile("search", max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
 # A planted error needs to be seen, not explained: no shrinking.
 settings.register_profile("mutation", max_examples=15, phases=[Phase.explicit, Phase.generate], **_common)
