@@ -129,9 +129,10 @@ def kl_k1(logprobs: Float[Tensor, "*axes"], ref_logprobs: Float[Tensor, "*axes"]
 
 
 def kl_k2(logprobs: Float[Tensor, "*axes"], ref_logprobs: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """k2 = ½d², nats per token, never negative; biased in value, yet as a loss its gradient on policy is ∇KL.
+    """k2 = ½d², nats per token, never negative; biased in value.
 
-    Raises ShapeError. Schulman 2020.
+    As a loss on policy, ½(Σ_t d_t)² has the gradient ∇KL of the response, as k1 in the reward has; Σ_t ½d_t² has that
+    of the KL at the visited states alone, blind to the states that a token leads to. Raises ShapeError. Schulman 2020.
 
     >>> kl_k2(torch.tensor([-1.0]), torch.tensor([-1.5]))
     tensor([0.1250])
