@@ -9,7 +9,8 @@ The axes' legend, for every shape in the project:
     vocab     the policy's vocabulary                  dim       width of a hidden state
     pairs     preference pairs
 
-All are frozen; tensors in them are never edited in place. `response_mask` is True on real response tokens, the EOS
+All are frozen; tensors in them are never edited in place. Each room's noun carries the room's own measurements in
+`metrics`, under names of the catalogue (`metrics.py`). `response_mask` is True on real response tokens, the EOS
 that ends a response included. This module knows no settings, model or log.
 """
 
@@ -80,11 +81,11 @@ class Sequences:
         prompt_lengths, response_lengths = prompts.lengths, generation.response_mask.sum(dim=1)
         total = int((prompt_lengths + response_lengths).max())
         ids = torch.full((len(prompts), total), pad, dtype=torch.long, device=prompts.ids.device)
-        for row in range(len(prompts)):
-            tokens = torch.cat(
-                [prompts.ids[row, prompts.mask[row]], generation.responses[row, generation.response_mask[row]]]
-            )
-            ids[row, : len(tokens)] = tokens
+        columns = torch.arange(total, device=ids.device)
+        in_prompt = columns < prompt_lengths[:, None]
+        in_response = ~in_prompt & (columns < (prompt_lengths + response_lengths)[:, None])
+        ids[in_prompt] = prompts.ids[prompts.mask]
+        ids[in_response] = generation.responses[generation.response_mask]
         return Sequences(ids, prompt_lengths, response_lengths)
 
     def __len__(self) -> int:
@@ -196,8 +197,7 @@ class Rollout:
     entropy: Float[Tensor, "batch response"]
     full_kl: Float[Tensor, "batch response"]
     finished: Bool[Tensor, "batch"]
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of generation and of the no-gradient forward passes."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -225,7 +225,7 @@ class Scores:
     """One score a response, as the reward gave them."""
 
     scores: Float[Tensor, "batch"]
-    seconds: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -236,6 +236,7 @@ class Rewards:
     scores: Float[Tensor, "batch"]
     """The scores that went in: after the rule for responses that did not end by EOS."""
     beta: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ class Experience:
     old_values: Float[Tensor, "batch response"]
     advantages: Float[Tensor, "batch response"]
     returns: Float[Tensor, "batch response"]
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -268,10 +270,11 @@ class Experience:
 class Outcome:
     """What one update did, as numbers of the metrics catalogue."""
 
-    metrics: Mapping[str, float]
     epochs_used: int
+    """Epochs begun; fewer than asked for where the update stopped early."""
     skipped_steps: int
-    """Optimiser steps left out because a loss or gradient was not finite."""
+    """Optimiser steps left out because a loss or a gradient was not finite."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_rows(name: str, got: int, wanted: int) -> None:

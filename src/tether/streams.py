@@ -27,9 +27,18 @@ def stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
 
 
 def uniforms(seed: int, purpose: str, update: int, keys: Sequence[int], length: int) -> Float[Tensor, "batch length"]:
-    """One row of uniform numbers in [0, 1) for each key, independent of which other keys stand in the batch."""
-    rows = [stream(seed, purpose, update, key).random(length) for key in keys]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, length, dtype=torch.float64)
+    """One row of uniform numbers in [0, 1) for each key ≥ 0, independent of which other keys stand in the batch.
+
+    The key is a word of Philox's counter, so that rows of different keys never meet.
+    """
+    source = stream(seed, purpose, update)
+    fresh = source.bit_generator.state
+    rows = np.empty((len(keys), length))
+    for row, key in enumerate(keys):
+        fresh["state"]["counter"] = np.array([0, 0, key, 0], dtype=np.uint64)
+        source.bit_generator.state = fresh
+        rows[row] = source.random(length)
+    return torch.from_numpy(rows)
 
 
 def permutation(seed: int, purpose: str, size: int, *indices: int) -> Int[Tensor, "size"]:

@@ -1,0 +1,99 @@
+"""Adam over the policy's parameter groups, with float32 master copies of half-precision weights.
+
+The forward pass runs in the weights' own precision; the step is taken in float32 and copied back, since a bfloat16
+weight swallows steps below its 2⁻⁸ relative spacing. It knows no loss and no schedule: the update room sets the rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tether.config import UpdateSettings
+
+ADAM_BETAS = (0.9, 0.999)
+
+
+class Optimiser:
+    """Adam, weight decay 0, one parameter group for each of the policy's (`policy`, `value`)."""
+
+    def __init__(self, groups: Mapping[str, Sequence[torch.nn.Parameter]], settings: UpdateSettings) -> None:
+        self.groups = {name: list(parameters) for name, parameters in groups.items() if len(parameters)}
+        self.settings = settings
+        self.masters = {
+            name: [torch.nn.Parameter(p.detach().float().clone()) if _is_half(p) else p for p in parameters]
+            for name, parameters in self.groups.items()
+        }
+        self.adam = torch.optim.Adam(
+            [{"params": masters, "name": name} for name, masters in self.masters.items()],
+            lr=settings.learning_rate,
+            betas=ADAM_BETAS,
+            eps=settings.adam_epsilon,
+        )
+        self.steps_taken = 0
+
+    def set_progress(self, fraction_done: float) -> float:
+        """Set the learning rates for this share of the run; returns the policy's."""
+        scale = 1.0 - fraction_done if self.settings.schedule == "linear" else 1.0
+        for group in self.adam.param_groups:
+            own = self.settings.value_learning_rate if group["name"] == "value" else None
+            group["lr"] = (own or self.settings.learning_rate) * scale
+        return self.settings.learning_rate * scale
+
+    def collect(self) -> None:
+        """Add the gradients of half-precision weights to their masters, in float32, and clear them."""
+        for parameter, master in self._halves():
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
+
+    def drop_policy_gradients(self) -> None:
+        """Forget the gradients of all but the value head, so that its fit alone makes the step."""
+        for name, masters in self.masters.items():
+            if name != "value":
+                for master in masters:
+                    master.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """Global L2 norm over all groups."""
+        gradients = [p.grad for masters in self.masters.values() for p in masters if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+    def step(self, norm: Tensor) -> None:
+        """Clip to the settings' norm, step, and copy the masters back into the weights."""
+        if self.settings.max_grad_norm is not None:
+            every = [p for masters in self.masters.values() for p in masters]
+            torch.nn.utils.clip_grads_with_norm_(every, self.settings.max_grad_norm, norm)
+        self.steps_taken += 1
+        for group in self.adam.param_groups:
+            group["eps"] = self._epsilon()
+        self.adam.step()
+        with torch.no_grad():
+            for parameter, master in self._halves():
+                parameter.copy_(master)
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.adam.zero_grad(set_to_none=True)
+        for parameters in self.groups.values():
+            for parameter in parameters:
+                parameter.grad = None
+
+    def _epsilon(self) -> float:
+        """ε as torch's Adam wants it. TensorFlow adds ε before the bias correction of √v: ε/√(1 − β₂ᵗ) here."""
+        if self.settings.adam_style == "pytorch":
+            return self.settings.adam_epsilon
+        return self.settings.adam_epsilon / math.sqrt(1.0 - ADAM_BETAS[1] ** self.steps_taken)
+
+    def _halves(self) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+        pairs = [pair for name in self.groups for pair in zip(self.groups[name], self.masters[name], strict=True)]
+        return [(parameter, master) for parameter, master in pairs if parameter is not master]
+
+
+def _is_half(parameter: Tensor) -> bool:
+    return parameter.dtype in (torch.float16, torch.bfloat16)

@@ -1,0 +1,71 @@
+"""Room 1: where prompts come from: seeded, resumable, chat or plain.
+
+A `PromptSource` is a pure function of the update's number: batch(n) is the same whenever and wherever it is asked for,
+so a resumed run needs no position but n. Each pass over the data has an order of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+from tether.batch import Prompts
+from tether.errors import InputError
+from tether.streams import permutation
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Tokenised prompts in a seeded order."""
+
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    """Token ids of each prompt, without padding, chat template applied."""
+    prompts_per_batch: int
+    samples_per_prompt: int = 1
+    seed: int = 0
+    pad: int = 0
+    columns: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise InputError("got no prompt; wanted at least one: is the file empty?")
+        for row, tokens in enumerate(self.ids):
+            if not tokens:
+                raise InputError(f"prompt {row} is empty after tokenising; remove it, or use a chat template")
+
+    def batch(self, update: int) -> Prompts:
+        """The prompts of this update, each repeated `samples_per_prompt` times, left-padded."""
+        first = update * self.prompts_per_batch
+        places = [self._place(first + k) for k in range(self.prompts_per_batch)]
+        copies = range(self.samples_per_prompt)
+        keys = [(first + k) * self.samples_per_prompt + c for k in range(len(places)) for c in copies]
+        return collate([place for place in places for _ in copies], keys, self)
+
+    def _place(self, position: int) -> int:
+        """Which prompt stands at this position of the endless stream."""
+        size = len(self.texts)
+        return _order_of_pass(self.seed, size, position // size)[position % size]
+
+
+@lru_cache(maxsize=8)
+def _order_of_pass(seed: int, size: int, number: int) -> list[int]:
+    order: list[int] = permutation(seed, "prompts", size, number).tolist()
+    return order
+
+
+def collate(places: Sequence[int], keys: Sequence[int], source: PromptSource) -> Prompts:
+    """The prompts at these places as one left-padded batch."""
+    width = max(len(source.ids[place]) for place in places)
+    padded = [[source.pad] * (width - len(source.ids[place])) + list(source.ids[place]) for place in places]
+    lengths = torch.tensor([len(source.ids[place]) for place in places])
+    return Prompts(
+        ids=torch.tensor(padded),
+        mask=torch.arange(width) >= width - lengths[:, None],
+        texts=tuple(source.texts[place] for place in places),
+        keys=tuple(keys),
+        columns={name: tuple(column[place] for place in places) for name, column in source.columns.items()},
+    )

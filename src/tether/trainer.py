@@ -1,0 +1,101 @@
+"""The loop: prompts → responses → scores → tethered rewards → advantages → PPO, over and over.
+
+`Run` holds what one training run is made of; `advance` is one update, the rooms in their order. Everything that an
+update draws at random is a function of (seed, purpose, step), so a run continues from any step as if never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from tether.advantages import estimate
+from tether.batch import Experience, Outcome, Policy, Reward, Rewards, Rollout, Scores
+from tether.config import PPOSettings
+from tether.optimiser import Optimiser
+from tether.prompts import PromptSource
+from tether.rewards import Beta, controller, tether
+from tether.rollouts import sample
+from tether.scores import score
+from tether.streams import permutation, uniforms
+from tether.update import update
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that one update leaves behind, for whoever keeps it."""
+
+    step: int
+    metrics: dict[str, float]
+    rollout: Rollout
+    scores: Scores
+    rewards: Rewards
+    experience: Experience
+    outcome: Outcome
+
+
+@dataclass
+class Run:
+    """A policy on its string: what trains, against what, on which prompts, with which knobs."""
+
+    policy: Policy
+    reward: Reward
+    prompts: PromptSource
+    settings: PPOSettings
+    keep: Callable[[Record], None]
+    """Called once an update, after it: stores, prints, checks."""
+    beta: Beta = field(init=False)
+    optimiser: Optimiser = field(init=False)
+    step: int = 0
+    """Updates done."""
+
+    def __post_init__(self) -> None:
+        self.beta = controller(self.settings.reward)
+        self.optimiser = Optimiser(self.policy.trainable(), self.settings.update)
+
+    def uniforms(self, keys: tuple[int, ...]) -> torch.Tensor:
+        """The random numbers that this update's responses are drawn with, [batch, max_new_tokens]."""
+        return uniforms(self.settings.seed, "response", self.step, keys, self.settings.sampling.max_new_tokens)
+
+    def orders(self, rows: int) -> torch.Tensor:
+        """The order of responses in each epoch of this update, [epochs, rows]."""
+        epochs = range(self.settings.update.epochs)
+        return torch.stack([permutation(self.settings.seed, "order", rows, self.step, epoch) for epoch in epochs])
+
+
+def train(run: Run) -> None:
+    """Advance the run to its last step."""
+    while run.step < run.settings.steps:
+        run.keep(advance(run))
+
+
+def advance(run: Run) -> Record:
+    """One update."""
+    started, knobs = time.perf_counter(), run.settings
+    warming_up = run.step < knobs.update.value_warmup
+    learning_rate = run.optimiser.set_progress(run.step / knobs.steps)
+
+    prompts = run.prompts.batch(run.step)
+    rollout = sample(run.policy, prompts, run.uniforms(prompts.keys), knobs.sampling)
+    scores = score(run.reward, rollout)
+    rewards = tether(scores, rollout, run.beta.value, knobs.reward)
+    experience = estimate(rewards, rollout, knobs.advantage)
+    outcome = update(
+        run.policy, experience, run.optimiser, run.orders(len(rollout)), knobs.update,
+        temperature=knobs.sampling.temperature, policy_frozen=warming_up,
+    )  # fmt: skip
+
+    metrics = {"learning_rate": learning_rate} | _join(rollout, scores, rewards, experience, outcome)
+    metrics["seconds/total"] = time.perf_counter() - started
+    metrics["tokens/per_second"] = metrics["tokens/generated"] / metrics["seconds/total"]
+    record = Record(run.step, metrics, rollout, scores, rewards, experience, outcome)
+    run.beta = run.beta.after(metrics["kl/mean"], len(rollout))
+    run.step += 1
+    return record
+
+
+def _join(*rooms: Rollout | Scores | Rewards | Experience | Outcome) -> dict[str, float]:
+    return {name: number for room in rooms for name, number in room.metrics.items()}

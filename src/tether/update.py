@@ -1,0 +1,218 @@
+"""Room 6: PPO epochs over one rollout: the two losses, the optimiser, and when to stop.
+
+Each epoch passes over the rollout in minibatches, each minibatch is one optimiser step. A minibatch is split into
+micro-batches of similar length; both losses are divided by the minibatch's token count, so that the split changes
+nothing but memory. It knows nothing of scores, KL to the reference or β: they are in the advantages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tether.batch import Experience, Outcome, Policy
+from tether.config import UpdateSettings
+from tether.errors import NonFiniteError
+from tether.numerics import clipped_policy_loss, clipped_value_loss, kl_k3
+from tether.optimiser import Optimiser
+
+EARLY_STOP_FACTOR = 1.5
+"""The update ends when the epoch's mean k3(π_old, π) exceeds this × the target; Spinning Up's rule."""
+PADDING_WASTE = 0.05
+"""Largest share of padded positions in a micro-batch."""
+SKIPS_BEFORE_STOP = 8
+"""Non-finite optimiser steps in one update before the run is stopped."""
+
+
+@dataclass
+class _Tally:
+    """Sums over the tokens seen; divided by `tokens` they are means per token."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    tokens: float = 0.0
+    ratio_max: float = 0.0
+    ratio_first: float | None = None
+    """Largest |ratio − 1| of the first minibatch."""
+    positions: float = 0.0
+
+    def add(self, sums: dict[str, float], tokens: float) -> None:
+        self.tokens += tokens
+        for name, amount in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + amount
+
+    def mean(self, name: str) -> float:
+        return self.sums.get(name, 0.0) / self.tokens if self.tokens else float("nan")
+
+
+def update(
+    policy: Policy,
+    experience: Experience,
+    optimiser: Optimiser,
+    orders: Int[Tensor, "epochs batch"],
+    settings: UpdateSettings,
+    *,
+    temperature: float = 1.0,
+    policy_frozen: bool = False,
+) -> Outcome:
+    """Optimise policy and value head on one rollout; row e of `orders` is the order of responses in epoch e.
+
+    Loss of a minibatch: L^CLIP + c_v·L^V, both means over its real tokens. An epoch that finds π further than 1.5 ×
+    `early_stop_kl` (k3 per token) from π_old ends the update before its next step. A step whose loss or gradient is
+    not finite is skipped and counted. `policy_frozen` fits the value head alone.
+
+    Raises NonFiniteError after 8 skipped steps, naming the first tensor that was not finite.
+    """
+    started = time.perf_counter()
+    epochs: list[_Tally] = []
+    skipped: list[str] = []
+    norms: list[float] = []
+    stopped = False
+    for order in orders:
+        epochs.append(_Tally())
+        for index in order.chunk(settings.minibatches):
+            minibatch = experience.rows(index)
+            bad = _accumulate(policy, minibatch, optimiser, settings, epochs[-1], temperature, policy_frozen)
+            if epochs[-1].ratio_first is None:
+                epochs[-1].ratio_first = epochs[-1].ratio_max
+            stopped = _drifted(epochs[-1], settings)
+            if stopped:
+                optimiser.clear()
+                break
+            norms.append(_step(optimiser, bad, skipped, policy_frozen))
+        if stopped:
+            break
+    metrics = _summarise(epochs, norms, len(skipped)) | {"seconds/update": time.perf_counter() - started}
+    return Outcome(epochs_used=len(epochs), skipped_steps=len(skipped), metrics=metrics)
+
+
+def _accumulate(
+    policy: Policy,
+    minibatch: Experience,
+    optimiser: Optimiser,
+    settings: UpdateSettings,
+    tally: _Tally,
+    temperature: float,
+    policy_frozen: bool,
+) -> str | None:
+    """Gradients of one minibatch, micro-batch by micro-batch. Returns the name of what was not finite, or None."""
+    denominator = float(minibatch.sequences.response_mask.sum())
+    for rows in micro_batches(minibatch.sequences.lengths, settings.tokens_per_micro_batch):
+        piece = minibatch.rows(rows)
+        evaluation = policy.evaluate(piece.sequences, temperature)
+        mask, clip, value_clip = piece.sequences.response_mask, settings.clip_range, settings.value_clip_range
+        policy_loss = clipped_policy_loss(
+            evaluation.logprobs, piece.old_logprobs, piece.advantages, mask, clip, denominator=denominator
+        )
+        value_loss = clipped_value_loss(
+            evaluation.values, piece.old_values, piece.returns, mask, value_clip, denominator=denominator
+        )
+        for name, loss in (("policy loss", policy_loss), ("value loss", value_loss)):
+            if not bool(torch.isfinite(loss)):
+                return name
+        value_part = settings.value_coef * value_loss
+        (value_part if policy_frozen else policy_loss + value_part).backward()  # type: ignore[no-untyped-call]
+        optimiser.collect()
+        _observe(tally, piece, evaluation.logprobs.detach(), evaluation.values.detach(), settings)
+        _tally_losses(tally, policy_loss.item() * denominator, value_loss.item() * denominator, settings.value_coef)
+        tally.positions += piece.sequences.ids.numel()
+    return None
+
+
+def _observe(tally: _Tally, piece: Experience, logprobs: Tensor, values: Tensor, settings: UpdateSettings) -> None:
+    mask = piece.sequences.response_mask
+    ratio = torch.where(mask, logprobs - piece.old_logprobs, 0.0).exp()
+    outside = (ratio - 1.0).abs() > settings.clip_range
+    value_outside = (values - piece.old_values).abs() > (settings.value_clip_range or float("inf"))
+    drift = torch.where(mask, kl_k3(piece.old_logprobs, logprobs), 0.0)
+    tally.ratio_max = max(tally.ratio_max, float((ratio - 1.0).abs().max()))
+    sums = {
+        "approx_kl": float(drift.sum()),
+        "clip_fraction": float((outside & mask).sum()),
+        "value_clip_fraction": float((value_outside & mask).sum()),
+        "total_tokens": float(piece.sequences.lengths.sum()),
+    }
+    tally.add(sums, float(mask.sum()))
+
+
+def _tally_losses(tally: _Tally, policy_sum: float, value_sum: float, value_coef: float) -> None:
+    tally.add(
+        {"policy_loss": policy_sum, "value_loss": value_sum, "loss": policy_sum + value_coef * value_sum}, tokens=0.0
+    )
+
+
+def _drifted(tally: _Tally, settings: UpdateSettings) -> bool:
+    limit = settings.early_stop_kl
+    return limit is not None and tally.mean("approx_kl") > EARLY_STOP_FACTOR * limit
+
+
+def _step(optimiser: Optimiser, bad: str | None, skipped: list[str], policy_frozen: bool) -> float:
+    """One optimiser step, unless something was not finite. Returns the gradient's norm."""
+    if policy_frozen:
+        optimiser.drop_policy_gradients()
+    norm = optimiser.gradient_norm()
+    if bad is None and bool(torch.isfinite(norm)):
+        optimiser.step(norm)
+        return float(norm)
+    skipped.append(bad or "gradient")
+    optimiser.clear()
+    if len(skipped) >= SKIPS_BEFORE_STOP:
+        raise NonFiniteError(
+            f"{len(skipped)} optimiser steps of one update were not finite, the first in the {skipped[0]}. "
+            "Lower the learning rate, or check the scores' scale; the last checkpoint is intact"
+        )
+    return float("nan")
+
+
+def micro_batches(lengths: Int[Tensor, "rows"], tokens: int) -> Sequence[Int[Tensor, "part"]]:
+    """Rows grouped by length, longest first, each group within `tokens` padded positions and 5 % padding.
+
+    A single row longer than the budget stands alone. Every row stands in exactly one group.
+    """
+    sizes: list[int] = lengths.tolist()
+    if _fits(sum(sizes), max(sizes) * len(sizes), tokens):
+        return [torch.arange(len(sizes), device=lengths.device)]
+    groups: list[list[int]] = []
+    real = 0
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        positions = sizes[groups[-1][0]] * (len(groups[-1]) + 1) if groups else 0
+        if groups and _fits(real + sizes[row], positions, tokens):
+            groups[-1].append(row)
+            real += sizes[row]
+        else:
+            groups.append([row])
+            real = sizes[row]
+    return [torch.tensor(group, device=lengths.device) for group in groups]
+
+
+def _fits(real: int, positions: int, tokens: int) -> bool:
+    """Whether that many real tokens may fill that many positions."""
+    return positions <= tokens and real >= (1.0 - PADDING_WASTE) * positions
+
+
+def _summarise(epochs: list[_Tally], norms: list[float], skipped: int) -> dict[str, float]:
+    """Means over the tokens of all epochs, but for what speaks of the first or the last epoch by name."""
+    whole = _Tally()
+    for epoch in epochs:
+        whole.add(epoch.sums, epoch.tokens)
+        whole.positions += epoch.positions
+    finite = [norm for norm in norms if norm == norm]
+    return {
+        "loss/policy": whole.mean("policy_loss"),
+        "loss/value": whole.mean("value_loss"),
+        "loss/total": whole.mean("loss"),
+        "ppo/approx_kl": epochs[-1].mean("approx_kl"),
+        "ppo/approx_kl_first": epochs[0].mean("approx_kl"),
+        "ppo/clip_fraction": whole.mean("clip_fraction"),
+        "ppo/value_clip_fraction": whole.mean("value_clip_fraction"),
+        "ppo/ratio_max": max(epoch.ratio_max for epoch in epochs),
+        "ppo/ratio_first": epochs[0].ratio_first or 0.0,
+        "ppo/epochs_used": float(len(epochs)),
+        "ppo/skipped_steps": float(skipped),
+        "grad/norm": sum(finite) / len(finite) if finite else float("nan"),
+        "padding/waste": 1.0 - whole.sums.get("total_tokens", 0.0) / whole.positions if whole.positions else 0.0,
+    }
