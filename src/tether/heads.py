@@ -1,0 +1,210 @@
+"""What stands on top of the hidden states: the language-model head and the value head, on response positions only.
+
+    hidden [tokens, dim] ─┬─ OutputHead → log π(y_t|s_t), entropy, full-vocabulary KL      [tokens]
+                          └─ ValueHead  → V(s_t)                                           [tokens]
+
+The axis `tokens` is the batch's real response tokens laid end to end. Logits live only in chunks of CHUNK_ELEMENTS
+numbers, so no [batch, response, vocab] tensor in fp32 ever exists, forward or backward. The results are those of
+`numerics.selected_logprobs`, `numerics.entropy` and `numerics.full_kl` on the whole logits, to round-off; statistics
+are taken in float32 or better whatever the weights' precision. Knows no mode, mask or sampler. Read next: `models.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tether.errors import ModelError
+
+CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in fp32, so that a chunk stays near the cache
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The language-model head as a linear map of the final hidden state: z = cap·tanh(s/cap), s = scale·(W h + b)."""
+
+    linear: nn.Linear
+    scale: float = 1.0
+    """Constant factor of the logits (Cohere, Granite)."""
+    softcap: float | None = None
+    """Bound of the logits (Gemma 2); None where there is none."""
+
+    @staticmethod
+    def of(model: nn.Module) -> OutputHead:
+        """The head of a Hugging Face causal LM, with the constant transforms of the logits that its config names.
+
+        Raises ModelError where the model has no head, or one that is no plain linear map.
+        """
+        linear = model.get_output_embeddings()  # type: ignore[operator]
+        if type(linear) is not nn.Linear:
+            raise ModelError(
+                f"{type(model).__name__} has {'no' if linear is None else type(linear).__name__ + ' as'} output head; "
+                "wanted a causal LM whose head is a plain linear layer (with LoRA, leave the head out of the targets)"
+            )
+        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return OutputHead(linear, float(scale) / float(divisor), getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocab"]:
+        """z, in float32 or better."""
+        raw = F.linear(hidden, self.linear.weight, self.linear.bias)
+        logits = raw if raw.dtype == torch.float64 else raw.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def slope(self, logits: Float[Tensor, "tokens vocab"]) -> float | Float[Tensor, "tokens vocab"]:
+        """∂z/∂(W h + b), given z."""
+        return self.scale if self.softcap is None else self.scale * (1.0 - (logits / self.softcap) ** 2)
+
+
+def selected_logprobs(
+    head: OutputHead,
+    hidden: Float[Tensor, "tokens dim"],
+    tokens: Int[Tensor, "tokens"],
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+    """log softmax(z/T)[y] and H(softmax(z/T)), both in nats per token; the entropy carries no gradient.
+
+    The gradient with respect to `hidden` costs one more matrix product and no stored probabilities, since
+    ∂log π(y)/∂h = (W_y − Σ_v π(v)·W_v)·scale/T is known as soon as the chunk's softmax is. Where the head itself is
+    trained, its logits are computed again in the backward pass.
+    """
+    result: tuple[Tensor, Tensor] = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, head.linear.weight, head.linear.bias, tokens, head, temperature
+    )
+    return result
+
+
+@torch.no_grad()
+def reference_logprobs(
+    head: OutputHead,
+    reference_head: OutputHead,
+    hidden: Float[Tensor, "tokens dim"],
+    reference_hidden: Float[Tensor, "tokens dim"],
+    tokens: Int[Tensor, "tokens"],
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, "tokens"], Float[Tensor, "tokens"]]:
+    """log ρ(y) and KL(π‖ρ) = Σ_v π(v)·(z_v − z'_v)/T − log Z + log Z', nats per token, the vocabulary in chunks.
+
+    Both are computed by the same steps as the policy's log-probabilities, so equal states give a KL of exactly 0.
+    """
+    logprobs, divergence = _empty_results(hidden)
+    for rows in _chunks(len(hidden), head.linear.out_features):
+        shifted, weights, total = _softmax_parts(head.logits(hidden[rows]), temperature)
+        reference, _, reference_total = _softmax_parts(reference_head.logits(reference_hidden[rows]), temperature)
+        logprobs[rows] = _pick(reference, tokens[rows]) - reference_total.log()
+        gap = shifted.sub_(reference)
+        divergence[rows] = _dot(weights, gap) / total - total.log() + reference_total.log()
+    return logprobs, divergence
+
+
+class ValueHead(nn.Module):
+    """V(s_t) = w·h_t + b in float32, from the final hidden state before y_t is emitted. Starts at V ≡ 0."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, 1, dtype=torch.float32)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens"]:
+        values: Tensor = self.linear(hidden.float())
+        return values.squeeze(-1)
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    """Forward and backward of `selected_logprobs`; the arguments after `bias` carry no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        head: OutputHead,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = _empty_results(hidden)
+        pull = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in _chunks(len(hidden), weight.shape[0]):
+            logits = head.logits(hidden[rows])
+            shifted, weights, total = _softmax_parts(logits, temperature)
+            log_total = total.log()
+            logprobs[rows] = _pick(shifted, tokens[rows]) - log_total
+            entropy[rows] = log_total - _dot(weights, shifted) / total
+            if pull is not None:
+                pull[rows] = (
+                    _logit_gradient(head, logits, weights, total, tokens[rows], temperature).to(weight.dtype) @ weight
+                )
+        ctx.save_for_backward(hidden, weight, bias, tokens, pull)
+        ctx.head, ctx.temperature = head, temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens, pull = ctx.saved_tensors
+        upstream = gradients[0].unsqueeze(-1)
+        grad_hidden = None if pull is None else (pull * upstream).to(hidden.dtype)
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            return grad_hidden, None, None, None, None, None
+        grad_weight, grad_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        for rows in _chunks(len(hidden), weight.shape[0]):
+            logits = ctx.head.logits(hidden[rows])
+            _, weights, total = _softmax_parts(logits, ctx.temperature)
+            gradient = _logit_gradient(ctx.head, logits, weights, total, tokens[rows], ctx.temperature)
+            gradient = gradient.mul_(upstream[rows]).to(weight.dtype)
+            grad_weight.addmm_(gradient.T, hidden[rows])
+            if grad_bias is not None:
+                grad_bias += gradient.sum(dim=0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _softmax_parts(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x = z/T − max, e^x and Σ e^x of each row."""
+    scaled = logits if temperature == 1.0 else logits / temperature
+    shifted = scaled - scaled.amax(dim=-1, keepdim=True)
+    weights = shifted.exp()
+    return shifted, weights, weights.sum(dim=-1)
+
+
+def _logit_gradient(
+    head: OutputHead, logits: Tensor, weights: Tensor, total: Tensor, tokens: Tensor, temperature: float
+) -> Tensor:
+    """∂log π(y)/∂(W h + b) = (1[v = y] − π(v))·slope/T, [tokens, vocab]; reuses the memory of `weights`."""
+    gradient = weights.div_(-total.unsqueeze(-1))
+    gradient.scatter_add_(1, tokens.unsqueeze(-1), torch.ones_like(gradient[:, :1]))
+    slope = head.slope(logits)
+    if isinstance(slope, Tensor) or slope != temperature:
+        gradient.mul_(slope / temperature)
+    return gradient
+
+
+def _pick(x: Tensor, tokens: Tensor) -> Tensor:
+    return x.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Σ_v x·y of each row, without the product's tensor."""
+    return torch.einsum("tv,tv->t", x, y)
+
+
+def _empty_results(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    empty = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+    return empty, torch.empty_like(empty)
+
+
+def _chunks(count: int, vocab: int) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocab)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,201 @@
+"""Hugging Face models and tokenizers as the policy needs them: checked, in a chosen precision, on a chosen device.
+
+A model that is given as an object is copied and stays as it was. What is checked is behaviour more than names: later
+tokens must not change earlier states, and the head must be the linear map that `heads.py` takes it for. Every fault is
+one ModelError that says what was got, what was wanted and what to do. Read next: `models.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tether.errors import ModelError
+from tether.heads import OutputHead
+from tether.trunk import run_backbone
+
+Source: TypeAlias = str | Path | PreTrainedModel
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+
+SMALL = 10_000_000  # parameters; below, dispatch costs more than arithmetic and bf16 gains nothing
+PROBE_LENGTH = 6
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative round-off of one forward pass
+
+
+def load_causal_lm(source: Source, precision: Precision, device: torch.device) -> PreTrainedModel:
+    """A causal LM of one's own, in eval mode, all weights frozen, in the precision asked for.
+
+    Raises ModelError where the source cannot be read or is no causal LM.
+    """
+    if isinstance(source, PreTrainedModel):
+        _check_config(source.config)
+        model = copy.deepcopy(source)
+        dtype = choose_dtype(precision, model.num_parameters(), device)
+        model.set_attn_implementation(attention_form(device))
+    else:
+        config = _read(AutoConfig, source)
+        _check_config(config)
+        dtype = choose_dtype(precision, _count_parameters(config), device)
+        model = _read(AutoModelForCausalLM, source, dtype=dtype, attn_implementation=attention_form(device))
+    model = freeze(model, dtype, device)
+    check_causal_lm(model)
+    return model
+
+
+def freeze(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The same module in eval mode without gradients; weights are cast, buffers (rotary frequencies) are not."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval()
+
+
+def choose_dtype(precision: Precision, parameters: int, device: torch.device) -> torch.dtype:
+    """bfloat16 where matrix products gain by it: on CUDA, and on CPUs with AVX512-BF16 or AMX; not for tiny models."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ModelError(f"dtype is {precision!r}; wanted 'auto', 'float32' or 'bfloat16'")
+    if precision != "auto":
+        return torch.float32 if precision == "float32" else torch.bfloat16
+    if parameters < SMALL:
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def attention_form(device: torch.device) -> str:
+    """Plain matrix products on a CPU, where the fused kernel's backward pass is the slow part; fused elsewhere."""
+    return "eager" if device.type == "cpu" else "sdpa"
+
+
+def load_tokenizer(
+    source: Source, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or the source's own.
+
+    Raises ModelError where there is none, or where it has more tokens than the model has embeddings.
+    """
+    if tokenizer is None:
+        if isinstance(source, PreTrainedModel):
+            raise ModelError("the model was given as an object without a tokenizer; pass tokenizer=")
+        tokenizer = _read(AutoTokenizer, source)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings; wanted a tokenizer that "
+            "belongs to the model (after adding tokens, call model.resize_token_embeddings and save both)"
+        )
+    return tokenizer
+
+
+def check_causal_lm(model: PreTrainedModel) -> None:
+    """Raise ModelError unless the model is causal and its logits are its head's linear map of its final states."""
+    head, tolerance = OutputHead.of(model), AGREEMENT[next(model.parameters()).dtype]
+    ids = probe(model)
+    with torch.no_grad():
+        hidden = run_backbone(model.base_model, ids)
+        other = ids.clone()
+        other[:, -1] = (ids[:, -1] + 1) % head.linear.out_features
+        if not _agree(hidden[:, :-1], run_backbone(model.base_model, other)[:, :-1], tolerance):
+            raise ModelError(
+                f"{type(model).__name__} is no causal LM: a later token changes the states of earlier ones; "
+                "wanted a decoder (for BERT-like models that would be is_decoder=True)"
+            )
+        if not _agree(head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0], tolerance):
+            raise ModelError(
+                f"{type(model).__name__} transforms its logits in a way that tether does not know; "
+                "wanted scale·(W h + b), with a soft cap or without"
+            )
+
+
+def probe(model: PreTrainedModel) -> Tensor:
+    """A short row of valid tokens, [1, 6]."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(PROBE_LENGTH, device=model.device) * 7 + 1).unsqueeze(0) % int(rows)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that a row may have; None where the architecture sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's EOS and those that the model's generation config lists."""
+    listed = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
+    several = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    stops = {tokenizer.eos_token_id, *several} - {None}
+    if not stops:
+        raise ModelError(
+            "neither the tokenizer nor the generation config names an EOS token; wanted one that ends a "
+            "response: set tokenizer.eos_token"
+        )
+    return tuple(sorted(stops))
+
+
+def load_backbone(source: Source, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, Tensor | None]:
+    """A backbone of its own for a value model, and the score's weight [1, dim] where the source is a reward model."""
+    if isinstance(source, PreTrainedModel):
+        model = copy.deepcopy(source)
+        model.set_attn_implementation(attention_form(device))
+        weight = getattr(getattr(model, "score", None), "weight", None)
+        return freeze(model.base_model, dtype, device), None if weight is None else weight.detach().float()
+    if any("ForSequenceClassification" in name for name in _architectures(_read(AutoConfig, source))):
+        from transformers import AutoModelForSequenceClassification
+
+        return load_backbone(_read(AutoModelForSequenceClassification, source, dtype=dtype), dtype, device)
+    model = _read(AutoModel, source, dtype=dtype, attn_implementation=attention_form(device))
+    return freeze(model, dtype, device), None
+
+
+def _read(kind: type, source: str | Path, **options: object) -> PreTrainedModel:
+    """kind.from_pretrained, with the library's many kinds of failure as one."""
+    try:
+        return kind.from_pretrained(str(source), **options)  # type: ignore[attr-defined]
+    except (OSError, ValueError, KeyError, ImportError) as fault:
+        first = str(fault).strip().split("\n")[0]
+        raise ModelError(
+            f"{kind.__name__} cannot read {str(source)!r}: {first} Wanted a folder written by save_pretrained or the "
+            "name of a model on the hub"
+        ) from fault
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    """Raise ModelError where the config is of another kind of model."""
+    names = _architectures(config)
+    wanted = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if config.is_encoder_decoder or wanted is None:
+        raise ModelError(f"{names[0] if names else type(config).__name__} is no causal LM; wanted a decoder-only model")
+    classes = wanted if isinstance(wanted, tuple) else (wanted,)
+    expected = [kind.__name__ for kind in classes]
+    if names and not set(names) & set(expected):
+        raise ModelError(f"the checkpoint holds a {names[0]}, which is no causal LM; wanted a {' or '.join(expected)}")
+
+
+def _architectures(config: PreTrainedConfig) -> list[str]:
+    return list(config.architectures or [])
+
+
+def _count_parameters(config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(config).num_parameters())
+
+
+def _agree(left: Tensor, right: Tensor, tolerance: float) -> bool:
+    scale = float(right.abs().max()) or 1.0
+    return float((left.float() - right.float()).abs().max()) <= tolerance * scale
