@@ -11,6 +11,7 @@ top-k, top-p, penalty or minimum length. Knows no mode, reference or value. Read
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +64,9 @@ class _Rows:
 class Sampler:
     """Draws responses from a backbone and a head that share the policy's weights as they stand."""
 
-    def __init__(
-        self, backbone: PreTrainedModel, head: OutputHead, stops: tuple[int, ...], takes_positions: bool
-    ) -> None:
-        self.backbone, self.head, self.takes_positions = backbone, head, takes_positions
-        self.stops = stops
+    def __init__(self, backbone: PreTrainedModel, head: OutputHead, stops: tuple[int, ...]) -> None:
+        self.backbone, self.head, self.stops = backbone, head, stops
+        self.takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
 
     def sample(self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float) -> Generation:
         """One response a prompt; `uniforms` is as wide as the longest response allowed."""
