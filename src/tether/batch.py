@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -155,6 +155,7 @@ class ReferenceEvaluation:
     """KL(π(·|s_t)‖π_ref(·|s_t)) over the whole vocabulary, nats per token."""
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A policy with a value head and a frozen reference: what the rooms ask of any model."""
 
@@ -212,12 +213,21 @@ class Rollout:
         return torch.where(self.response_mask, self.logprobs - self.ref_logprobs, 0.0).sum(dim=1)
 
 
+@runtime_checkable
 class Reward(Protocol):
     """What scores responses: one number a response, higher is better."""
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]
     ) -> Iterable[float]: ...
+
+
+@runtime_checkable
+class ScoresRollouts(Protocol):
+    """A reward that can read a whole rollout, token ids and cached trunk states included, and so does less work."""
+
+    def score_rollout(self, rollout: Rollout) -> Iterable[float]:
+        """The same numbers as the reward gives to the rollout's texts, up to round-off."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The knobs, one model a room; every knob with its bounds, its default and one line of help.
 
-Sampling → RewardSettings → AdvantageSettings → UpdateSettings, joined in `PPOSettings`. Derived sizes are properties.
+Sampling → RewardSettings → AdvantageSettings → UpdateSettings, joined in `PPOSettings`; a whole run, with its model,
+world and preferences, is `RunSettings`, and a recipe is one of those as YAML.
 Knows no torch: the command line and the page read the same models.
 """
 
@@ -99,3 +100,48 @@ class PPOSettings(Settings):
                 f"{-(-self.batch_size // self.sampling.samples_per_prompt) * self.sampling.samples_per_prompt}"
             )
         return self
+
+
+class ModelSettings(Settings):
+    """What is trained, and how much of it."""
+
+    source: str | None = Field(None, description="Folder or hub name of the SFT checkpoint; null = the world's own")
+    mode: Literal["full", "lora", "top"] = Field("top", description="All weights, adapters, or the top k layers")
+    top_layers: int = Field(6, ge=1, description="k of mode `top`")
+    lora_rank: int = Field(16, ge=1, description="Rank of mode `lora`")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the matrices")
+
+
+class PreferenceSettings(Settings):
+    """The comparisons that the reward model and the hold-out model are trained on."""
+
+    pairs: int = Field(512, ge=8, description="Comparisons in all; each of the two models sees one half")
+    noise: float = Field(0.5, gt=0, description="Temperature of the Bradley–Terry labels, in units of the gold score")
+    learning_rate: float = Field(1e-4, gt=0, description="Adam's step size at the start; falls to 0")
+    batch_pairs: int = Field(16, ge=1, description="Comparisons in one step")
+    top_layers: int | None = Field(6, ge=1, description="Layers trained above a frozen trunk; null = all weights")
+
+
+class EvaluationSettings(Settings):
+    """What is measured on held-out prompts."""
+
+    every: int = Field(25, ge=1, description="Updates between evaluations; the start and the end always count")
+    prompts: int = Field(64, ge=1, description="Held-out prompts")
+    best_of: tuple[int, ...] = Field((4, 16, 64), description="n of the best-of-n baselines")
+    best_of_prompts: int = Field(16, ge=1, description="Held-out prompts that best-of-n is drawn for")
+
+
+class RunSettings(Settings):
+    """A whole run: what a recipe holds."""
+
+    world: Literal["smollm2", "nano"] = Field("smollm2", description="Where model, prompts and gold scorer come from")
+    model: ModelSettings = ModelSettings()
+    preferences: PreferenceSettings = PreferenceSettings()
+    ppo: PPOSettings = PPOSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    keep_samples: int = Field(8, ge=0, description="Responses kept of each update, with their per-token arrays")
+
+    def with_beta(self, beta: float) -> RunSettings:
+        """The same run on another string, all other knobs and seeds equal."""
+        reward = self.ppo.reward.model_copy(update={"beta": beta})
+        return self.model_copy(update={"ppo": self.ppo.model_copy(update={"reward": reward})})

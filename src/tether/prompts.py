@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from tether.batch import Prompts
 from tether.errors import InputError
@@ -55,6 +56,36 @@ class PromptSource:
 def _order_of_pass(seed: int, size: int, number: int) -> list[int]:
     order: list[int] = permutation(seed, "prompts", size, number).tolist()
     return order
+
+
+def encode(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool | None = None, max_tokens: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each prompt, as one user turn of the tokenizer's chat template, or plain where it has none.
+
+    `chat`: True wants the template, False leaves it out, None uses it where there is one.
+    `max_tokens`: the longest prompt that leaves room for a response.
+
+    Raises InputError where a prompt is too long, naming the row, or where a template is asked for and there is none.
+    """
+    templated = tokenizer.chat_template is not None if chat is None else chat
+    if templated and tokenizer.chat_template is None:
+        raise InputError("this tokenizer has no chat template; pass chat=False for plain prompts, or set one")
+    encoded = [_encode_one(text, tokenizer, templated) for text in texts]
+    for row, tokens in enumerate(encoded):
+        if max_tokens is not None and len(tokens) > max_tokens:
+            raise InputError(
+                f"prompt {row} has {len(tokens)} tokens; at most {max_tokens} leave room for the response. "
+                f"Shorten it, or lower max_new_tokens: {texts[row][:60]!r}…"
+            )
+    return tuple(encoded)
+
+
+def _encode_one(text: str, tokenizer: PreTrainedTokenizerBase, templated: bool) -> tuple[int, ...]:
+    if not templated:
+        return tuple(tokenizer(text)["input_ids"])
+    turns = [{"role": "user", "content": text}]
+    return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
 
 
 def collate(places: Sequence[int], keys: Sequence[int], source: PromptSource) -> Prompts:

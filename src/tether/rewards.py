@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -72,6 +72,7 @@ def _last_value(rollout: Rollout) -> Float[Tensor, "batch"]:
     return rollout.values.gather(1, last[:, None]).squeeze(1)
 
 
+@runtime_checkable
 class Beta(Protocol):
     """The string's length in the hands of a controller; frozen: `after` yields the next one."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from tether.batch import Reward, Rollout, Scores, check_rows
+from tether.batch import Reward, Rollout, Scores, ScoresRollouts, check_rows
 from tether.errors import InputError, NonFiniteError
 
 
@@ -22,7 +22,10 @@ def score(reward: Reward, rollout: Rollout) -> Scores:
     NonFiniteError where one is NaN or infinite; each names the row.
     """
     started = time.perf_counter()
-    given = reward(rollout.prompts.texts, rollout.texts, **rollout.prompts.columns)
+    if isinstance(reward, ScoresRollouts):
+        given = reward.score_rollout(rollout)
+    else:
+        given = reward(rollout.prompts.texts, rollout.texts, **rollout.prompts.columns)
     scores = torch.tensor(_as_numbers(given, len(rollout)), dtype=torch.float32, device=rollout.logprobs.device)
     spread = float(scores.std(correction=0))
     metrics = {

@@ -60,8 +60,9 @@ class ExactWorld:
     def prompts(self) -> int:
         return self.scores.shape[0]
 
-    def score_text(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    def score_text(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
         """The reward as a function of texts; a prompt reads `p2`, a response `7 0 3 3`."""
+        del columns
         rows = torch.tensor([int(prompt[1:]) for prompt in prompts])
         numbers = torch.tensor([self._number_of_text[response] for response in responses])
         scores: list[float] = self.scores[rows, numbers].tolist()
@@ -149,19 +150,19 @@ def frontier(world: ExactWorld, betas: Sequence[float]) -> list[Optimum]:
 
 
 def chord_law(points: Sequence[tuple[float, float, float]], tolerance: float = 0.0) -> list[str]:
-    """What breaks β_a ≤ (r_a − r_b)/(K_a − K_b) ≤ β_b among points (β, score, K); empty where the law holds.
+    """What breaks β_a ≤ (r_a − r_b)/(K_a − K_b) ≤ β_b, K_a ≥ K_b among points (β, score, K); empty where it holds.
 
     It holds between the optima of any two strings β_a < β_b, in every world; a sweep that breaks it is unconverged or
     counts KL wrongly. `tolerance` is relative, for points that carry noise.
     """
     broken = []
-    ordered = sorted(points)
-    for (low, score_low, kl_low), (high, score_high, kl_high) in itertools.pairwise(ordered):
+    for (low, score_low, kl_low), (high, score_high, kl_high) in itertools.pairwise(sorted(points)):
+        pair = f"between β = {low:g} and β = {high:g}"
         slope = (score_low - score_high) / (kl_low - kl_high) if kl_low != kl_high else float("nan")
-        if not low * (1 - tolerance) <= slope <= high * (1 + tolerance):
-            broken.append(
-                f"between β = {low:g} and β = {high:g} the slope Δr/ΔK is {slope:.4g}, outside [{low:g}, {high:g}]"
-            )
+        if kl_high > kl_low * (1 + tolerance):
+            broken.append(f"{pair} K rises from {kl_low:.4g} to {kl_high:.4g}, where a tighter string must lower it")
+        elif not low * (1 - tolerance) <= slope <= high * (1 + tolerance):
+            broken.append(f"{pair} the slope Δr/ΔK is {slope:.4g}, outside [{low:g}, {high:g}]")
     return broken
 
 

@@ -1,0 +1,117 @@
+"""The command line: `tether COMMAND …`.
+
+Each command is a function; its flags are the function's parameters, read by tyro. Nothing heavy is imported before a
+command is chosen, so that `tether --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from tether import __version__
+from tether.errors import TetherError
+
+EXIT_FAILED = 1
+EXIT_MISUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's function stands, and the line that `--help` says of it."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "ladder bandit": Command("tether.ladder.bandit", "main", "rung 1: the clip alone, two actions, pure Python"),
+    "ladder plain": Command("tether.ladder.plain", "main", "the whole of RLHF-PPO in the standard library"),
+    "ladder skeleton": Command("tether.ladder.skeleton", "main", "rung 2: the four-model loop in torch, one file"),
+    "ladder exact": Command("tether.ladder.exact", "main", "PPO against an optimum that is known exactly"),
+    "runs": Command("tether.runs", "main_runs", "list the runs of a folder"),
+    "show": Command("tether.runs", "main_show", "one run as a table with sparklines"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit code 0 = done, 1 = failed with one clear error, 2 = misused, 130 = interrupted."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"tether {__version__}")
+        return 0
+    name = _command_name(arguments)
+    if name is None:
+        return _unknown(arguments)
+    return _call(name, COMMANDS[name], arguments[len(name.split()) :])
+
+
+def overview(prefix: str = "") -> str:
+    """All commands, one line each; with a prefix, those that begin with it."""
+    chosen = {name: command for name, command in COMMANDS.items() if name.startswith(prefix)}
+    width = max(map(len, chosen))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in chosen.items()]
+    return "\n".join(
+        [
+            "tether: RLHF with PPO, on the string of a KL penalty to the frozen SFT checkpoint",
+            "",
+            "usage: tether COMMAND [flags]        tether COMMAND --help explains its flags",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _command_name(arguments: list[str]) -> str | None:
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name
+    return None
+
+
+def _unknown(arguments: list[str]) -> int:
+    first = arguments[0]
+    if any(name.startswith(first + " ") for name in COMMANDS):
+        rest = arguments[1] if len(arguments) > 1 else ""
+        if rest and rest not in ("-h", "--help"):
+            print(f"tether: there is no command {first!r} {rest!r}\n", file=sys.stderr)
+        print(overview(first + " "), file=sys.stderr if rest not in ("-h", "--help") else sys.stdout)
+        return 0 if rest in ("-h", "--help") else EXIT_MISUSED
+    near = get_close_matches(first, {name.split()[0] for name in COMMANDS}, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    print(f"tether: there is no command {first!r}{hint}\nsee: tether --help", file=sys.stderr)
+    return EXIT_MISUSED
+
+
+def _call(name: str, command: Command, arguments: list[str]) -> int:
+    import tyro
+
+    function = getattr(importlib.import_module(command.module), command.function)
+    try:
+        outcome = tyro.cli(function, prog=f"tether {name}", args=arguments)
+        return outcome if isinstance(outcome, int) else 0
+    except TetherError as error:
+        print(f"tether {name}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"tether {name}: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    main()

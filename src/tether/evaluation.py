@@ -1,0 +1,172 @@
+"""What held-out prompts say of a policy: scores by every judge, K, diversity, win rate, and best-of-n.
+
+All evaluations of a run draw with the same uniform numbers, so that two policies differ by what they learned and not
+by luck; a policy is compared with its reference prompt by prompt. It changes nothing and knows no step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tether.batch import Policy, Reward, Rollout
+from tether.config import SamplingSettings
+from tether.prompts import PromptSource
+from tether.rollouts import distinct_2, sample
+from tether.scores import score
+from tether.streams import uniforms
+
+RESPONSES_AT_ONCE = 64
+WILSON_Z = 1.96
+"""Normal quantile of a two-sided interval of 95 %."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Responses to held-out prompts, one each, with what every judge gives them."""
+
+    prompts: tuple[str, ...]
+    responses: tuple[str, ...]
+    kl: Float[Tensor, "batch"]
+    """Σ_t log π − log π_ref, nats per response."""
+    lengths: Float[Tensor, "batch"]
+    """Tokens."""
+    distinct_2: float
+    scores: Mapping[str, Float[Tensor, "batch"]]
+    """By judge; `score` is the reward that is optimised."""
+
+    def mean(self, judge: str) -> float:
+        return float(self.scores[judge].mean())
+
+
+def evaluate(
+    policy: Policy, source: PromptSource, judges: Mapping[str, Reward], settings: SamplingSettings, seed: int
+) -> Judged:
+    """One response to each prompt of the source, scored by every judge."""
+    rollouts = list(_rollouts(policy, source, settings, seed))
+    scores = {name: torch.cat([score(judge, rollout).scores for rollout in rollouts]) for name, judge in judges.items()}
+    tokens = [rollout.sequences.responses[rollout.response_mask] for rollout in rollouts]
+    return Judged(
+        prompts=tuple(text for rollout in rollouts for text in rollout.prompts.texts),
+        responses=tuple(text for rollout in rollouts for text in rollout.texts),
+        kl=torch.cat([rollout.kl for rollout in rollouts]),
+        lengths=torch.cat([rollout.sequences.response_lengths for rollout in rollouts]).float(),
+        distinct_2=_mean_distinct(rollouts, [len(part) for part in tokens]),
+        scores=scores,
+    )
+
+
+def _rollouts(policy: Policy, source: PromptSource, settings: SamplingSettings, seed: int) -> Iterator[Rollout]:
+    for part in range(math.ceil(len(source.texts) / source.prompts_per_batch)):
+        prompts = source.batch(part)
+        yield sample(policy, prompts, uniforms(seed, "evaluation", 0, prompts.keys, settings.max_new_tokens), settings)
+
+
+def _mean_distinct(rollouts: Sequence[Rollout], tokens: Sequence[int]) -> float:
+    """distinct-2 of each batch, weighted by its tokens."""
+    parts = [distinct_2(rollout.sequences.responses, rollout.response_mask) for rollout in rollouts]
+    return sum(part * size for part, size in zip(parts, tokens, strict=True)) / sum(tokens)
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of prompts on which the policy's response is the better one, with Wilson's 95 % interval."""
+
+    rate: float
+    low: float
+    high: float
+
+
+def win_rate(challenger: Float[Tensor, "batch"], champion: Float[Tensor, "batch"]) -> WinRate:
+    """How often the challenger's score is the higher one, prompt by prompt; a tie counts one half.
+
+    Wilson 1927; the interval is of a binomial share, at n = the number of prompts.
+    """
+    n = len(challenger)
+    rate = float(((challenger > champion).double() + 0.5 * (challenger == champion).double()).mean())
+    centre = rate + WILSON_Z**2 / (2 * n)
+    reach = WILSON_Z * math.sqrt(rate * (1 - rate) / n + WILSON_Z**2 / (4 * n * n))
+    scale = 1 + WILSON_Z**2 / n
+    return WinRate(rate, max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale))
+
+
+def summarise(judged: Judged, reference: Judged) -> dict[str, float]:
+    """The catalogue's `eval/` metrics; the win rate is by gold against the reference's responses."""
+    metrics = {
+        "eval/kl": float(judged.kl.mean()),
+        "eval/kl_se": standard_error(judged.kl),
+        "eval/distinct_2": judged.distinct_2,
+        "eval/length": float(judged.lengths.mean()),
+    }
+    for name, scores in judged.scores.items():
+        metrics[f"eval/{name}"] = float(scores.mean())
+        metrics[f"eval/{name}_se"] = standard_error(scores)
+    if "gold" in judged.scores:
+        wins = win_rate(judged.scores["gold"], reference.scores["gold"])
+        metrics |= {"eval/win_rate": wins.rate, "eval/win_rate_low": wins.low, "eval/win_rate_high": wins.high}
+    return metrics
+
+
+def standard_error(x: Float[Tensor, "batch"]) -> float:
+    """std/√n with the unbiased variance; 0 for a single value."""
+    return float(x.double().std(correction=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """The best of n samples by the reward, averaged over prompts."""
+
+    n: int
+    score: float
+    """E[max of n], by the reward."""
+    gold: float
+    """What gold gives to the responses so chosen."""
+
+    @property
+    def kl(self) -> float:
+        """K = log n − (n − 1)/n, nats per response. Stiennon et al. 2020."""
+        return math.log(self.n) - (self.n - 1) / self.n
+
+
+def best_of_n(scores: Float[Tensor, "prompts samples"], gold: Float[Tensor, "prompts samples"], n: int) -> BestOf:
+    """Expected best of n by `scores` from the samples at hand, over all subsets of n: no sampling noise is added.
+
+    With the N samples in ascending order, the i-th (from 0) is the best of a random subset of n with probability
+    C(i, n−1)/C(N, n).
+    """
+    samples = scores.shape[1]
+    chances = [math.comb(i, n - 1) / math.comb(samples, n) for i in range(samples)]
+    weights = torch.tensor(chances, dtype=torch.float64)
+    order = scores.argsort(dim=1)
+    best = (scores.gather(1, order).double() * weights).sum(1).mean()
+    return BestOf(n, float(best), float((gold.gather(1, order).double() * weights).sum(1).mean()))
+
+
+def draw_best_of_n(
+    policy: Policy,
+    source: PromptSource,
+    judges: Mapping[str, Reward],
+    settings: SamplingSettings,
+    ns: Sequence[int],
+    seed: int,
+    tick: Callable[[int], None],
+) -> list[BestOf]:
+    """Best-of-n of the policy as it stands, on every prompt of the source, for each n.
+
+    The source repeats each prompt max(n) times, one prompt a batch; `tick` is called with the number of prompts done.
+    """
+    scores: list[Tensor] = []
+    gold: list[Tensor] = []
+    for part in range(len(source.texts)):
+        prompts = source.batch(part)
+        draws = uniforms(seed, "best of n", 0, prompts.keys, settings.max_new_tokens)
+        rollout = sample(policy, prompts, draws, settings)
+        scores.append(score(judges["score"], rollout).scores)
+        gold.append(score(judges["gold"], rollout).scores)
+        tick(part + 1)
+    return [best_of_n(torch.stack(scores), torch.stack(gold), n) for n in ns]

@@ -1,0 +1,164 @@
+"""What a run leaves behind: numbers, samples and events in the run folder, a line or a live panel on the terminal.
+
+It only looks: nothing here changes what is trained.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tether.batch import Reward, Rollout
+from tether.records import Sample
+from tether.scores import score
+from tether.store import RunStore
+from tether.terminal import short, sparkline
+from tether.trainer import Record
+
+LINES_A_RUN = 20
+"""Plain lines that a whole run prints where the output is no terminal."""
+HISTORY = 400
+PANEL = ("score/mean", "kl/mean", "beta", "loss/policy", "loss/value", "entropy/per_token", "tokens/per_second")
+
+
+def lesson_line(step: int, metrics: Mapping[str, float]) -> str:
+    """The lesson's line of one update; `reward` is the mean score, `kl` in nats per response.
+
+    >>> lesson_line(20, {"score/mean": 0.58, "kl/mean": 0.082, "loss/policy": -0.048, "loss/value": 0.21})
+    'step 020 reward=+0.58 kl=0.082 policy_loss=-0.048 value_loss=0.21'
+    """
+    return (
+        f"step {step:03d} reward={metrics['score/mean']:+.2f} kl={metrics['kl/mean']:.3f} "
+        f"policy_loss={metrics['loss/policy']:+.3f} value_loss={metrics['loss/value']:.2f}"
+    )
+
+
+def samples_of(record: Record, count: int) -> list[Sample]:
+    """The first `count` responses of an update, with what is known of each of their tokens."""
+    return [_sample(record, row) for row in range(min(count, len(record.rollout)))]
+
+
+def _sample(record: Record, row: int) -> Sample:
+    rollout, mask = record.rollout, record.rollout.response_mask[row]
+    arrays = (
+        rollout.sequences.responses, rollout.logprobs, rollout.ref_logprobs, rollout.values,
+        record.experience.advantages,
+    )  # fmt: skip
+    tokens, logprobs, ref_logprobs, values, advantages = (array[row][mask].cpu().numpy() for array in arrays)
+    return Sample(
+        step=record.step,
+        row=row,
+        prompt=rollout.prompts.texts[row],
+        response=rollout.texts[row],
+        score=float(record.scores.scores[row]),
+        reward_total=float(record.rewards.rewards[row][mask].sum()),
+        kl=float(rollout.kl[row]),
+        tokens=tokens,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        advantages=advantages,
+    )
+
+
+def judge_scores(judges: Mapping[str, Reward], rollout: Rollout) -> dict[str, float]:
+    """Mean score of the update's own responses by judges that are not optimised: `score/gold`, `score/holdout`."""
+    return {f"score/{name}": score(judge, rollout).metrics["score/mean"] for name, judge in judges.items()}
+
+
+def peak_memory_bytes() -> float:
+    """Largest resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@dataclass
+class Keeper:
+    """Keeps each update: into the store in one transaction, then onto the terminal."""
+
+    store: RunStore
+    screen: Screen
+    judges: Mapping[str, Reward]
+    """Judges of every update's responses beside the reward, by name."""
+    keep_samples: int
+
+    def __call__(self, record: Record) -> None:
+        extra = judge_scores(self.judges, record.rollout) | {"memory/peak_bytes": peak_memory_bytes()}
+        metrics = record.metrics | extra
+        with self.store.update(record.step) as entry:
+            entry.metrics(metrics)
+            for sample in samples_of(record, self.keep_samples):
+                entry.sample(sample)
+        self.screen.show(record.step, metrics)
+
+
+@dataclass
+class Screen:
+    """A live panel in a terminal, plain lines in the lesson's form elsewhere. Use it in a `with` block."""
+
+    console: Console
+    steps: int
+    title: str
+    history: dict[str, deque[float]] = field(default_factory=dict)
+    _live: Live | None = None
+    _progress: Progress | None = None
+    _shown: float = 0.0
+
+    def __enter__(self) -> Screen:
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self._progress.add_task(self.title, total=self.steps)
+            self._live = Live(self._progress, console=self.console, refresh_per_second=4)
+            self._live.start()
+        else:
+            self.console.print(f"{self.title}: {self.steps} updates")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show one update."""
+        for name in PANEL:
+            self.history.setdefault(name, deque(maxlen=HISTORY)).append(metrics[name])
+        if self._live is None or self._progress is None:
+            if step % max(1, self.steps // LINES_A_RUN) == 0 or step == self.steps - 1:
+                self.console.print(lesson_line(step, metrics))
+            return
+        self._progress.update(self._progress.task_ids[0], completed=step + 1)
+        now = time.monotonic()
+        if now - self._shown > 0.1 or step == self.steps - 1:
+            self._shown = now
+            self._live.update(Group(self._progress, self._table(metrics)))
+
+    def _table(self, metrics: Mapping[str, float]) -> Table:
+        table = Table(box=None, pad_edge=False, show_header=False)
+        rows = {
+            "reward (mean score)": ("score/mean", f"± {short(metrics['score/se'])} s.e., in σ"),
+            "KL to the SFT model": ("kl/mean", f"± {short(metrics['kl/se'])} s.e., nats per response"),
+            "β, the string": ("beta", f"β·KL = {short(metrics['beta'] * metrics['kl/mean'])} σ"),
+            "policy loss": ("loss/policy", f"clipped {metrics['ppo/clip_fraction']:.0%}"),
+            "value loss": ("loss/value", f"explained variance {short(metrics['value/explained_variance'])}"),
+            "entropy": ("entropy/per_token", "nats per token"),
+            "tokens a second": ("tokens/per_second", f"{metrics['seconds/total']:.2f} s an update"),
+        }
+        for label, (name, note) in rows.items():
+            table.add_row(label, short(metrics[name]), sparkline(np.array(self.history[name])), f"[dim]{note}[/dim]")
+        return table
