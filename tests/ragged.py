@@ -15,7 +15,7 @@ from torch import Tensor
 
 POISON = (float("nan"), float("inf"), float("-inf"), 1e30)
 
-Rows = list[list[float]]
+Rows = list[list[complex]]  # floats, or what brute_force makes of them
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,20 @@ def rows(x: Tensor, mask: Tensor) -> Rows:
 def unrows(values: Rows, mask: Tensor) -> Tensor:
     """The inverse of `rows`, 0 where masked."""
     x = torch.zeros(mask.shape, dtype=torch.float64)
-    x[mask] = torch.tensor([value for row in values for value in row], dtype=torch.float64)
+    x[mask] = torch.tensor([(value + 0j).real for row in values for value in row], dtype=torch.float64)
     return x
 
 
 @st.composite
 def ragged_batches(draw: st.DrawFn, max_batch: int = 4, max_response: int = 6) -> Ragged:
     """Prefix masks, suffix masks (padding on the left) and masks with holes, one to `max_batch` rows."""
-    batch, response = draw(st.integers(1, max_batch)), draw(st.integers(1, max_response))
     form = draw(st.sampled_from(["right padding", "left padding", "holes"]))
+    batch, response = draw(st.integers(1, max_batch)), draw(st.integers(3 if form == "holes" else 1, max_response))
     if form == "holes":
         one_row = st.lists(st.booleans(), min_size=response, max_size=response).filter(any)
         mask = torch.tensor([draw(one_row) for _ in range(batch)])
+        mask[0, [0, -1]] = True
+        mask[0, draw(st.integers(1, response - 2))] = False  # a hole between two tokens, in every such batch
     else:
         lengths = torch.tensor([draw(st.integers(1, response)) for _ in range(batch)])
         mask = torch.arange(response) < lengths[:, None]

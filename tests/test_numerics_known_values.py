@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import pytest
@@ -12,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ragged import Ragged, ragged_batches
-from tether import numerics, streams
+from ragged import Ragged, poisoned, ragged_batches
+from tether import numerics
 from tolerances import EXACT, assert_close
 
 BATCHES = ragged_batches()
@@ -29,20 +28,6 @@ def gradient(result: Tensor, leaf: Tensor) -> Tensor:
 
 
 EVERYWHERE = torch.ones(3, 5, dtype=torch.bool)
-
-
-# ── docstrings ──────────────────────────────────────────────────────────────────────────────────────────────────────
-@pytest.mark.parametrize(("module", "examples"), [(numerics, 15), (streams, 1)])
-def test_the_worked_examples_of_the_docstrings_hold(module: object, examples: int) -> None:
-    outcome = doctest.testmod(module)
-    assert outcome.failed == 0
-    assert outcome.attempted >= examples
-
-
-def test_every_public_function_has_a_worked_example() -> None:
-    for name, function in vars(numerics).items():
-        if callable(function) and getattr(function, "__module__", "") == numerics.__name__ and name[0] != "_":
-            assert ">>> " in function.__doc__, name
 
 
 # ── §1 means under a mask ───────────────────────────────────────────────────────────────────────────────────────────
@@ -234,6 +219,15 @@ def test_gae_without_trust_is_the_one_step_surprise() -> None:
     assert returns.tolist() == [[1.125, 6.0, 4.0]]
 
 
+def test_a_hole_in_a_response_is_as_if_it_were_not_there() -> None:
+    rewards, values = torch.tensor([[1.0, 9.0, 2.0]]), torch.tensor([[0.5, 9.0, 0.25]])
+    with_hole = numerics.gae(rewards, values, torch.tensor([[True, False, True]]), 0.5, 0.5)
+    without = numerics.gae(rewards[:, ::2], values[:, ::2], torch.ones(1, 2).bool(), 0.5, 0.5)
+    for holed, whole in zip(with_hole, without, strict=True):
+        assert holed[:, ::2].tolist() == whole.tolist()
+        assert holed[0, 1] == 0.0
+
+
 def test_a_row_without_a_token_has_neither_advantage_nor_return() -> None:
     nothing, nan = torch.zeros(2, 3, dtype=torch.bool), torch.full((2, 3), float("nan"))
     assert [x.tolist() for x in numerics.gae(nan, nan, nothing)] == [[[0.0] * 3] * 2] * 2
@@ -317,11 +311,17 @@ def test_explained_variance_of_perfect_constant_and_reversed_values() -> None:
     assert_close(numerics.explained_variance(-returns, returns, EVERYWHERE), -3.0, EXACT)
 
 
-@given(st.floats(-10.0, 10.0), st.integers(1, 7))
-def test_explained_variance_is_nan_where_the_returns_do_not_vary(constant: float, tokens: int) -> None:
+@given(BATCHES, st.floats(-10.0, 10.0))
+def test_explained_variance_is_nan_where_the_returns_do_not_vary(batch: Ragged, constant: float) -> None:
     """Also where round-off keeps their computed variance above 0, as for three returns of 0.1."""
-    returns = torch.full((1, tokens), constant, dtype=torch.float64)
-    assert numerics.explained_variance(normal(1, tokens), returns, torch.ones(1, tokens).bool()).isnan()
+    returns = poisoned(torch.full(batch.mask.shape, constant, dtype=torch.float64), batch.mask)
+    assert numerics.explained_variance(batch.numbers("values"), returns, batch.mask).isnan()
+
+
+def test_three_equal_returns_do_not_vary_though_their_variance_is_not_zero() -> None:
+    returns, mask = torch.full((1, 3), 0.1, dtype=torch.float64), torch.ones(1, 3).bool()
+    assert numerics.masked_mean((returns - numerics.masked_mean(returns, mask)) ** 2, mask) > 0.0
+    assert numerics.explained_variance(normal(1, 3), returns, mask).isnan()
 
 
 # ── §8 preferences ──────────────────────────────────────────────────────────────────────────────────────────────────
