@@ -67,6 +67,20 @@ def test_a_file_system_without_shared_memory_gets_a_rollback_journal_and_is_told
             assert reader.last_step() == 0
 
 
+def test_a_medium_that_cannot_be_written_is_refused_at_once(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.close()
+    connect = database._connect
+
+    def connect_as_sqlite_does_there(path: Path, mode: str, *options: str) -> sqlite3.Connection:
+        return connect(path, "ro" if mode == "rw" else mode, *options)  # silently, unless it is asked to write
+
+    monkeypatch.setattr(database, "_connect", connect_as_sqlite_does_there)
+    with pytest.raises(RunError, match="cannot be written; change its permissions, or choose or copy it"):
+        RunStore.open(store.path, readonly=False)
+    monkeypatch.undo()
+    RunStore.open(store.path, readonly=False).close()  # the lock was let go
+
+
 def test_a_local_disk_gets_a_write_ahead_log(store: RunStore) -> None:
     assert store._database.rows("PRAGMA journal_mode") == [("wal",)]
     assert store._database.rows("PRAGMA synchronous") == [(1,)]
@@ -74,7 +88,7 @@ def test_a_local_disk_gets_a_write_ahead_log(store: RunStore) -> None:
 
 
 def test_network_file_systems_are_told_by_their_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mounts = "disk / ext4 rw 0 0\nhost:/x /net nfs4 rw 0 0\ndisk /net/local\\040disk xfs rw 0 0\n//h/s /smb cifs rw 0 0"
+    mounts = "host:/x /net nfs4 rw 0 0\ndisk / ext4 rw 0 0\ndisk /net/local\\040disk xfs rw 0 0\n//h/s /smb cifs rw 0 0"
     kinds = {"/home/a": None, "/net/runs": "nfs4", "/network": None, "/net/local disk/a": None, "/smb": "cifs"}
     assert {path: network_file_system(Path(path), mounts) for path in kinds} == kinds
     (tmp_path / "mounts").write_text(f"host:/x {tmp_path.resolve()} nfs rw 0 0\n")

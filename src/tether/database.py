@@ -86,7 +86,8 @@ class Database:
             _check_schema(connection, path, schema)
             if readonly:
                 return Database(connection, path, str(connection.execute("PRAGMA journal_mode").fetchone()[0]))
-            connection.executescript("BEGIN IMMEDIATE; ROLLBACK")  # SQLite opens what it cannot write for reading
+            # SQLite opens a file that it cannot write for reading, and says so only when something is written.
+            connection.executescript(f"BEGIN; PRAGMA user_version={schema.version}; ROLLBACK")
             return Database(connection, path, _choose_journal(connection, path))
 
     def rows(self, sql: str, *arguments: object) -> list[tuple]:

@@ -18,7 +18,7 @@ import shutil
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -211,8 +211,7 @@ class RunStore:
 
     def names(self) -> list[str]:
         """The metrics logged in this run, in the catalogue's order."""
-        logged = {name for (name,) in self._database.rows("SELECT name FROM names")}
-        return [name for name in CATALOGUE if name in logged] + sorted(logged - CATALOGUE.keys())
+        return _in_order({name for (name,) in self._database.rows("SELECT name FROM names")})
 
     def curve(self, name: str) -> Curve:
         """One metric through the run; empty where it was never logged. Raises InputError for an unknown name."""
@@ -232,7 +231,7 @@ class RunStore:
         """The last number of every metric logged."""
         newest = "SELECT value FROM metric WHERE name_id = names.id ORDER BY step DESC LIMIT 1"
         found = dict(self._database.rows(f"SELECT name, ({newest}) FROM names"))
-        return {name: nan_if_null(found[name]) for name in self.names()}
+        return {name: nan_if_null(found[name]) for name in _in_order(found.keys())}
 
     def samples(self, step: int | None = None, split: Split | None = None) -> list[Sample]:
         """The samples kept, of one step or all, of one split or both, in order."""
@@ -272,6 +271,11 @@ def check_name(name: str) -> str:
         f"{name!r} cannot be a run's name; wanted at most {LONGEST_NAME} bytes of letters, digits and _ . + = , - "
         f"that begin and end with a letter or digit; try {usable or 'run'!r}"
     )
+
+
+def _in_order(names: Set[str]) -> list[str]:
+    """The names in the catalogue's order; those of another version's catalogue at the end."""
+    return [name for name in CATALOGUE if name in names] + sorted(names - CATALOGUE.keys())
 
 
 def _create(path: Path, config: Mapping[str, object], clock: Callable[[], float]) -> RunStore:
