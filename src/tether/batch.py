@@ -64,6 +64,16 @@ class Generation:
     finished: Bool[Tensor, "batch"]
     """True where the response ended by EOS (or in a world of fixed length), False where it was cut."""
 
+    def trimmed(self) -> Generation:
+        """Without the columns on the right that hold padding only."""
+        width = int(self.response_mask.sum(dim=1).max())
+        return replace(
+            self,
+            responses=self.responses[:, :width],
+            response_mask=self.response_mask[:, :width],
+            sampler_logprobs=self.sampler_logprobs[:, :width],
+        )
+
 
 @dataclass(frozen=True)
 class Sequences:

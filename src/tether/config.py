@@ -145,3 +145,15 @@ class RunSettings(Settings):
         """The same run on another string, all other knobs and seeds equal."""
         reward = self.ppo.reward.model_copy(update={"beta": beta})
         return self.model_copy(update={"ppo": self.ppo.model_copy(update={"reward": reward})})
+
+    def with_seed(self, seed: int) -> RunSettings:
+        """The same run from another seed."""
+        return self.model_copy(update={"ppo": self.ppo.model_copy(update={"seed": seed})})
+
+    def with_steps(self, steps: int) -> RunSettings:
+        """The same run with another number of updates."""
+        return RunSettings.model_validate(self.dump() | {"ppo": self.ppo.model_dump(mode="json") | {"steps": steps}})
+
+    def dump(self) -> dict[str, object]:
+        """As plain values, for YAML and JSON."""
+        return self.model_dump(mode="json")

@@ -21,7 +21,6 @@ from tether.rollouts import distinct_2, sample
 from tether.scores import score
 from tether.streams import uniforms
 
-RESPONSES_AT_ONCE = 64
 WILSON_Z = 1.96
 """Normal quantile of a two-sided interval of 95 %."""
 
@@ -30,47 +29,50 @@ WILSON_Z = 1.96
 class Judged:
     """Responses to held-out prompts, one each, with what every judge gives them."""
 
-    prompts: tuple[str, ...]
-    responses: tuple[str, ...]
-    kl: Float[Tensor, "batch"]
-    """Σ_t log π − log π_ref, nats per response."""
-    lengths: Float[Tensor, "batch"]
-    """Tokens."""
-    distinct_2: float
+    rollouts: tuple[Rollout, ...]
     scores: Mapping[str, Float[Tensor, "batch"]]
     """By judge; `score` is the reward that is optimised."""
 
-    def mean(self, judge: str) -> float:
-        return float(self.scores[judge].mean())
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return tuple(text for rollout in self.rollouts for text in rollout.prompts.texts)
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return tuple(text for rollout in self.rollouts for text in rollout.texts)
+
+    @property
+    def kl(self) -> Float[Tensor, "batch"]:
+        """Σ_t log π − log π_ref, nats per response."""
+        return torch.cat([rollout.kl for rollout in self.rollouts])
+
+    @property
+    def lengths(self) -> Float[Tensor, "batch"]:
+        """Tokens."""
+        return torch.cat([rollout.sequences.response_lengths for rollout in self.rollouts]).float()
+
+    @property
+    def distinct_2(self) -> float:
+        """distinct-2 of each batch, weighted by its tokens."""
+        sizes = [float(rollout.response_mask.sum()) for rollout in self.rollouts]
+        parts = [distinct_2(rollout.sequences.responses, rollout.response_mask) for rollout in self.rollouts]
+        return sum(part * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
 
 
 def evaluate(
     policy: Policy, source: PromptSource, judges: Mapping[str, Reward], settings: SamplingSettings, seed: int
 ) -> Judged:
     """One response to each prompt of the source, scored by every judge."""
-    rollouts = list(_rollouts(policy, source, settings, seed))
+    rollouts = tuple(_rollouts(policy, source, settings, seed))
     scores = {name: torch.cat([score(judge, rollout).scores for rollout in rollouts]) for name, judge in judges.items()}
-    tokens = [rollout.sequences.responses[rollout.response_mask] for rollout in rollouts]
-    return Judged(
-        prompts=tuple(text for rollout in rollouts for text in rollout.prompts.texts),
-        responses=tuple(text for rollout in rollouts for text in rollout.texts),
-        kl=torch.cat([rollout.kl for rollout in rollouts]),
-        lengths=torch.cat([rollout.sequences.response_lengths for rollout in rollouts]).float(),
-        distinct_2=_mean_distinct(rollouts, [len(part) for part in tokens]),
-        scores=scores,
-    )
+    return Judged(rollouts, scores)
 
 
 def _rollouts(policy: Policy, source: PromptSource, settings: SamplingSettings, seed: int) -> Iterator[Rollout]:
     for part in range(math.ceil(len(source.texts) / source.prompts_per_batch)):
         prompts = source.batch(part)
-        yield sample(policy, prompts, uniforms(seed, "evaluation", 0, prompts.keys, settings.max_new_tokens), settings)
-
-
-def _mean_distinct(rollouts: Sequence[Rollout], tokens: Sequence[int]) -> float:
-    """distinct-2 of each batch, weighted by its tokens."""
-    parts = [distinct_2(rollout.sequences.responses, rollout.response_mask) for rollout in rollouts]
-    return sum(part * size for part, size in zip(parts, tokens, strict=True)) / sum(tokens)
+        draws = uniforms(seed, "evaluation", 0, prompts.keys, settings.max_new_tokens)
+        yield sample(policy, prompts, draws, settings)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def sample(
     All per-token results are [batch, response] in nats, right-padded, 0 where masked, and free of gradients.
     """
     started = time.perf_counter()
-    generation = policy.generate(prompts, uniforms, settings.temperature)
+    generation = policy.generate(prompts, uniforms, settings.temperature).trimmed()
     generated = time.perf_counter()
     sequences = policy.prepare(Sequences.join(prompts, generation, pad=0))
     evaluation = policy.evaluate(sequences, settings.temperature)

@@ -66,10 +66,16 @@ class Run:
         return torch.stack([permutation(self.settings.seed, "order", rows, self.step, epoch) for epoch in epochs])
 
 
-def train(run: Run) -> None:
-    """Advance the run to its last step."""
+def train(run: Run, between: Callable[[int], None] | None = None) -> None:
+    """Advance the run to its last step. `between` is called with the updates done, before each update and at the end:
+    the place for evaluations.
+    """
     while run.step < run.settings.steps:
+        if between is not None:
+            between(run.step)
         run.keep(advance(run))
+    if between is not None:
+        between(run.step)
 
 
 def advance(run: Run) -> Record:
