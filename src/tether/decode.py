@@ -15,13 +15,16 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from tether.attention import roomy_cache
 from tether.batch import Generation, Prompts
 from tether.heads import OutputHead
 
+BLOCK = 256  # vocabulary entries summed before the search; two short searches cost less than one of 50,000
 SHRINK_AT = 0.25  # share of ended rows at which the batch is worth the copy that drops them
 
 
@@ -33,15 +36,27 @@ def draw(
     y = min{v : Σ_{w≤v} π(w) > u}, summed in float64, so that P(y) = π(y) for u uniform in [0, 1). A token whose
     probability is 0 in float32 is never drawn, at no u; u ≥ 1 gives the last possible token.
     """
-    scaled = logits if temperature == 1.0 else logits / temperature
-    shifted = scaled - scaled.amax(dim=-1, keepdim=True)
-    cumulative = shifted.exp().cumsum(dim=-1, dtype=torch.float64)
+    weights = torch.softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    missing = -weights.shape[-1] % BLOCK
+    blocks = (F.pad(weights, (0, missing)) if missing else weights).view(len(weights), -1, BLOCK)
+    uniforms = uniforms.to(torch.float64)
+    block, rest = _at_quantile(blocks.sum(dim=-1, dtype=torch.float64), uniforms)
+    place, _ = _at_quantile(blocks[torch.arange(len(weights), device=weights.device), block].double(), rest)
+    tokens = block * BLOCK + place
+    return tokens, weights.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log()
+
+
+def _at_quantile(
+    weights: Float[Tensor, "rows entries"], quantile: Float[Tensor, "rows"]
+) -> tuple[Int[Tensor, "rows"], Float[Tensor, "rows"]]:
+    """The entry at each row's quantile of weights that need not sum to 1, and the quantile within that entry."""
+    cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    mark = uniforms.to(cumulative).unsqueeze(-1) * total
-    mark = torch.minimum(mark, torch.nextafter(total, torch.zeros_like(total)))
-    tokens = torch.searchsorted(cumulative, mark, right=True)
-    logprobs = shifted.gather(-1, tokens) - total.log().to(shifted.dtype)
-    return tokens.squeeze(-1), logprobs.squeeze(-1)
+    mark = torch.minimum(quantile.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    chosen = torch.searchsorted(cumulative, mark, right=True)
+    own = weights.gather(-1, chosen)
+    within = (mark - (cumulative.gather(-1, chosen) - own)) / own
+    return chosen.squeeze(-1), within.clamp(0.0, 1.0).squeeze(-1)
 
 
 @dataclass
@@ -103,11 +118,11 @@ class Sampler:
         """Run each distinct prompt once; then one row a response, several rows sharing a prompt's cache by copy."""
         distinct, inverse = torch.unique(torch.where(mask, ids, -1), dim=0, return_inverse=True)
         real = distinct >= 0
-        cache = DynamicCache(config=self.backbone.config)
+        cache = roomy_cache(self.backbone.config, ids.shape[1] + width)
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
         padded = not bool(real.all())
         hidden = self._forward(distinct.clamp(min=0), real if padded else None, positions, cache)[:, -1]
-        cache.batch_select_indices(inverse)
+        cache.reorder_cache(inverse)
         room = torch.ones(len(ids), width, dtype=torch.bool, device=ids.device)
         rows = _Rows(
             index=torch.arange(len(ids), device=ids.device),
@@ -141,7 +156,7 @@ def _shrink(rows: _Rows, tokens: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
     if ended <= SHRINK_AT * len(rows.open):
         return tokens
     keep = rows.open.nonzero().squeeze(1)
-    rows.cache.batch_select_indices(keep)
+    rows.cache.reorder_cache(keep)
     rows.index, rows.mask, rows.positions = rows.index[keep], rows.mask[keep], rows.positions[keep]
     rows.open = rows.open[keep]
     return tokens[keep]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tether.errors import ModelError
 
 CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in fp32, so that a chunk stays near the cache
+WIDE_CHUNK_ELEMENTS = 2**24  # where the head trains: each chunk costs a pass over the gradient of its whole weight
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,11 @@ def reference_logprobs(
     Both are computed by the same steps as the policy's log-probabilities, so equal states give a KL of exactly 0.
     """
     logprobs, divergence = _empty_results(hidden)
-    for rows in _chunks(len(hidden), head.linear.out_features):
-        shifted, weights, total = _softmax_parts(head.logits(hidden[rows]), temperature)
-        reference, _, reference_total = _softmax_parts(reference_head.logits(reference_hidden[rows]), temperature)
-        logprobs[rows] = _pick(reference, tokens[rows]) - reference_total.log()
-        gap = shifted.sub_(reference)
-        divergence[rows] = _dot(weights, gap) / total - total.log() + reference_total.log()
+    for rows in _chunks(len(hidden), head.linear.out_features, CHUNK_ELEMENTS):
+        policy = _distribution(head.logits(hidden[rows]), temperature)
+        reference = _distribution(reference_head.logits(reference_hidden[rows]), temperature)
+        logprobs[rows] = reference.logprobs(tokens[rows])
+        divergence[rows] = policy.mean_of(policy.scaled - reference.scaled) - policy.log_total + reference.log_total
     return logprobs, divergence
 
 
@@ -135,16 +135,14 @@ class _SelectedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy = _empty_results(hidden)
         pull = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in _chunks(len(hidden), weight.shape[0]):
+        for rows in _chunks(len(hidden), weight.shape[0], CHUNK_ELEMENTS):
             logits = head.logits(hidden[rows])
-            shifted, weights, total = _softmax_parts(logits, temperature)
-            log_total = total.log()
-            logprobs[rows] = _pick(shifted, tokens[rows]) - log_total
-            entropy[rows] = log_total - _dot(weights, shifted) / total
+            policy = _distribution(logits, temperature)
+            logprobs[rows] = policy.logprobs(tokens[rows])
+            entropy[rows] = policy.log_total - policy.mean_of(policy.scaled)
             if pull is not None:
-                pull[rows] = (
-                    _logit_gradient(head, logits, weights, total, tokens[rows], temperature).to(weight.dtype) @ weight
-                )
+                gradient = _logit_gradient(head, logits, policy, tokens[rows])
+                pull[rows] = (gradient.to(weight.dtype) @ weight).div_(-temperature)
         ctx.save_for_backward(hidden, weight, bias, tokens, pull)
         ctx.head, ctx.temperature = head, temperature
         ctx.mark_non_differentiable(entropy)
@@ -157,45 +155,67 @@ class _SelectedLogprobs(torch.autograd.Function):
         grad_hidden = None if pull is None else (pull * upstream).to(hidden.dtype)
         if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             return grad_hidden, None, None, None, None, None
-        grad_weight, grad_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-        for rows in _chunks(len(hidden), weight.shape[0]):
+        grad_weight, grad_bias = _Sum(weight.dtype), _Sum(weight.dtype)
+        for rows in _chunks(len(hidden), weight.shape[0], WIDE_CHUNK_ELEMENTS):
             logits = ctx.head.logits(hidden[rows])
-            _, weights, total = _softmax_parts(logits, ctx.temperature)
-            gradient = _logit_gradient(ctx.head, logits, weights, total, tokens[rows], ctx.temperature)
-            gradient = gradient.mul_(upstream[rows]).to(weight.dtype)
-            grad_weight.addmm_(gradient.T, hidden[rows])
-            if grad_bias is not None:
-                grad_bias += gradient.sum(dim=0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+            policy = _distribution(logits, ctx.temperature)
+            gradient = _logit_gradient(ctx.head, logits, policy, tokens[rows])
+            gradient = gradient.mul_(upstream[rows] / -ctx.temperature)
+            grad_weight.add(gradient.to(weight.dtype).T @ hidden[rows])
+            grad_bias.add(gradient.sum(dim=0))
+        return grad_hidden, grad_weight.total(), None if bias is None else grad_bias.total(), None, None, None
 
 
-def _softmax_parts(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x = z/T − max, e^x and Σ e^x of each row."""
+@dataclass(frozen=True)
+class _Distribution:
+    """softmax(z/T) of a chunk of rows."""
+
+    scaled: Float[Tensor, "tokens vocab"]
+    """z/T."""
+    probabilities: Float[Tensor, "tokens vocab"]
+    log_total: Float[Tensor, "tokens"]
+    """log Σ_v e^{z_v/T}."""
+
+    def logprobs(self, tokens: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
+        return self.scaled.gather(1, tokens.unsqueeze(-1)).squeeze(-1) - self.log_total
+
+    def mean_of(self, x: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens"]:
+        """Σ_v π(v)·x_v."""
+        return (self.probabilities * x).sum(dim=-1)
+
+
+def _distribution(logits: Float[Tensor, "tokens vocab"], temperature: float) -> _Distribution:
+    """One fused softmax; the normaliser is read off the likeliest token, log Σ e^x = max x − log max π."""
     scaled = logits if temperature == 1.0 else logits / temperature
-    shifted = scaled - scaled.amax(dim=-1, keepdim=True)
-    weights = shifted.exp()
-    return shifted, weights, weights.sum(dim=-1)
+    probabilities = torch.softmax(scaled, dim=-1)
+    return _Distribution(scaled, probabilities, scaled.amax(dim=-1) - probabilities.amax(dim=-1).log())
 
 
 def _logit_gradient(
-    head: OutputHead, logits: Tensor, weights: Tensor, total: Tensor, tokens: Tensor, temperature: float
-) -> Tensor:
-    """∂log π(y)/∂(W h + b) = (1[v = y] − π(v))·slope/T, [tokens, vocab]; reuses the memory of `weights`."""
-    gradient = weights.div_(-total.unsqueeze(-1))
-    gradient.scatter_add_(1, tokens.unsqueeze(-1), torch.ones_like(gradient[:, :1]))
+    head: OutputHead, logits: Tensor, policy: _Distribution, tokens: Tensor
+) -> Float[Tensor, "tokens vocab"]:
+    """−T·∂log π(y)/∂(W h + b) = (π(v) − 1[v = y])·slope; takes the memory of the probabilities."""
+    gradient = policy.probabilities
+    gradient.scatter_add_(1, tokens.unsqueeze(-1), gradient.new_full((len(tokens), 1), -1.0))
     slope = head.slope(logits)
-    if isinstance(slope, Tensor) or slope != temperature:
-        gradient.mul_(slope / temperature)
-    return gradient
+    return gradient if not isinstance(slope, Tensor) and slope == 1.0 else gradient.mul_(slope)
 
 
-def _pick(x: Tensor, tokens: Tensor) -> Tensor:
-    return x.gather(1, tokens.unsqueeze(-1)).squeeze(-1)
+class _Sum:
+    """A sum of chunks, in float32 or better once there is more than one."""
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._sum: Tensor | None = None
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Σ_v x·y of each row, without the product's tensor."""
-    return torch.einsum("tv,tv->t", x, y)
+    def add(self, part: Tensor) -> None:
+        if self._sum is None:
+            self._sum = part
+        else:
+            self._sum = self._sum.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
+
+    def total(self) -> Tensor | None:
+        return None if self._sum is None else self._sum.to(self._dtype)
 
 
 def _empty_results(hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +224,7 @@ def _empty_results(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return empty, torch.empty_like(empty)
 
 
-def _chunks(count: int, vocab: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocab)
+def _chunks(count: int, vocab: int, elements: int) -> Iterator[slice]:
+    size = max(1, elements // vocab)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tether.attention import GROUPED
 from tether.errors import ModelError
 from tether.heads import OutputHead
 from tether.trunk import run_backbone
@@ -33,7 +34,7 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 SMALL = 10_000_000  # parameters; below, dispatch costs more than arithmetic and bf16 gains nothing
 PROBE_LENGTH = 6
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative round-off of one forward pass
+AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative round-off of one forward pass
 
 
 def load_causal_lm(source: Source, precision: Precision, device: torch.device) -> PreTrainedModel:
@@ -45,13 +46,13 @@ def load_causal_lm(source: Source, precision: Precision, device: torch.device) -
         _check_config(source.config)
         model = copy.deepcopy(source)
         dtype = choose_dtype(precision, model.num_parameters(), device)
-        model.set_attn_implementation(attention_form(device))
     else:
         config = _read(AutoConfig, source)
         _check_config(config)
         dtype = choose_dtype(precision, _count_parameters(config), device)
-        model = _read(AutoModelForCausalLM, source, dtype=dtype, attn_implementation=attention_form(device))
+        model = _read(AutoModelForCausalLM, source, dtype=dtype)
     model = freeze(model, dtype, device)
+    choose_attention(model)
     check_causal_lm(model)
     return model
 
@@ -78,9 +79,26 @@ def choose_dtype(precision: Precision, parameters: int, device: torch.device) ->
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def attention_form(device: torch.device) -> str:
-    """Plain matrix products on a CPU, where the fused kernel's backward pass is the slow part; fused elsewhere."""
-    return "eager" if device.type == "cpu" else "sdpa"
+@torch.no_grad()
+def choose_attention(model: PreTrainedModel) -> None:
+    """On a CPU, plain matrix products in place of fused attention, whose backward pass is the slow part there.
+
+    The grouped form is kept only where the model's states come out the same under it.
+    """
+    if model.device.type != "cpu":
+        return
+    ids, tolerance = probe(model), AGREEMENT[next(model.parameters()).dtype]
+    model.set_attn_implementation("eager")
+    if not model._supports_attention_backend:
+        return
+    own = run_backbone(model.base_model, ids)
+    model.set_attn_implementation(GROUPED)
+    try:
+        same = _agree(run_backbone(model.base_model, ids), own, tolerance)
+    except ModelError:
+        same = False
+    if not same:
+        model.set_attn_implementation("eager")
 
 
 def load_tokenizer(
@@ -151,16 +169,15 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
 def load_backbone(source: Source, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, Tensor | None]:
     """A backbone of its own for a value model, and the score's weight [1, dim] where the source is a reward model."""
     if isinstance(source, PreTrainedModel):
-        model = copy.deepcopy(source)
-        model.set_attn_implementation(attention_form(device))
-        weight = getattr(getattr(model, "score", None), "weight", None)
-        return freeze(model.base_model, dtype, device), None if weight is None else weight.detach().float()
+        weight = getattr(getattr(source, "score", None), "weight", None)
+        backbone = freeze(copy.deepcopy(source.base_model), dtype, device)
+        choose_attention(backbone)
+        return backbone, None if weight is None else weight.detach().float()
     if any("ForSequenceClassification" in name for name in _architectures(_read(AutoConfig, source))):
         from transformers import AutoModelForSequenceClassification
 
         return load_backbone(_read(AutoModelForSequenceClassification, source, dtype=dtype), dtype, device)
-    model = _read(AutoModel, source, dtype=dtype, attn_implementation=attention_form(device))
-    return freeze(model, dtype, device), None
+    return load_backbone(_read(AutoModel, source, dtype=dtype), dtype, device)
 
 
 def _read(kind: type, source: str | Path, **options: object) -> PreTrainedModel:

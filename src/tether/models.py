@@ -97,6 +97,11 @@ class LanguagePolicy:
         return torch.device(self.mode.model.device)
 
     @property
+    def context(self) -> int:
+        """Positions the model can read; very many where it sets no bound."""
+        return self._context or 1_000_000
+
+    @property
     def pad(self) -> int:
         """A valid token id to fill padding with; it carries no meaning, lengths come from masks."""
         known = self.tokenizer.pad_token_id
