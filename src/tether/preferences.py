@@ -1,0 +1,209 @@
+"""Preference pairs: which of two responses is better, sampled from a policy and labelled, or read from a file.
+
+    policy ─ two samples a prompt ─ gold scores g ─ P(a ≻ b) = σ((g_a − g_b)/noise) ─┐
+    a file of prompt / chosen / rejected, plain or conversational ────────────────────┴─▶ Pairs ─▶ halves
+
+Knows no reward model. Read next: `reward_training.py`, which learns from them; `preference_files.py`, which reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from tether.batch import Policy, Reward, check_rows
+from tether.config import SamplingSettings
+from tether.errors import InputError, NonFiniteError
+from tether.prompts import PromptSource
+from tether.reward_model import Prompt
+from tether.streams import permutation, stream, uniforms
+
+Entry = TypeVar("Entry")
+
+BARREN_BATCHES = 8
+"""Batches in a row without one pair of different responses after which sampling gives up."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Comparisons: for each prompt the response that was preferred, and the other one."""
+
+    prompts: tuple[Prompt, ...]
+    """As people wrote them, before any chat template: texts, or messages of a conversation."""
+    chosen: tuple[str, ...]
+    rejected: tuple[str, ...]
+    chosen_gold: tuple[float, ...] | None = None
+    """The gold score of each chosen response; None where no gold scorer is known."""
+    rejected_gold: tuple[float, ...] | None = None
+    origin: Mapping[str, object] = field(default_factory=dict)
+    """Where they come from and how they were labelled: goes into the reward model's manifest."""
+
+    def __post_init__(self) -> None:
+        for name in ("chosen", "rejected", "chosen_gold", "rejected_gold"):
+            column = getattr(self, name)
+            if column is not None and len(column) != len(self.prompts):
+                raise InputError(f"got {len(self.prompts)} prompts and {len(column)} in {name}; wanted one a pair")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def margins(self) -> tuple[float, ...] | None:
+        """Gold score of the chosen response less that of the rejected one; below 0 where the label is wrong."""
+        if self.chosen_gold is None or self.rejected_gold is None:
+            return None
+        return tuple(good - bad for good, bad in zip(self.chosen_gold, self.rejected_gold, strict=True))
+
+    @property
+    def digest(self) -> str:
+        """A hash of prompts, responses and labels, in their order."""
+        text = json.dumps([self.prompts, self.chosen, self.rejected], ensure_ascii=False, default=list)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def take(self, places: Sequence[int]) -> Pairs:
+        """The pairs at these places, in this order."""
+        return replace(
+            self,
+            prompts=_some(self.prompts, places),
+            chosen=_some(self.chosen, places),
+            rejected=_some(self.rejected, places),
+            chosen_gold=None if self.chosen_gold is None else _some(self.chosen_gold, places),
+            rejected_gold=None if self.rejected_gold is None else _some(self.rejected_gold, places),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write them as JSON lines with the columns of TRL's preference format, and the gold scores where known."""
+        names = ("prompt", "chosen", "rejected", "chosen_gold", "rejected_gold")
+        columns = (self.prompts, self.chosen, self.rejected, self.chosen_gold, self.rejected_gold)
+        known = {name: column for name, column in zip(names, columns, strict=True) if column is not None}
+        rows = (dict(zip(known, row, strict=True)) for row in zip(*known.values(), strict=True))
+        aside = path.with_name(f".{path.name}.part")
+        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        aside.replace(path)
+
+
+def sample_pairs(
+    policy: Policy,
+    prompts: PromptSource,
+    gold: Reward,
+    pairs: int,
+    *,
+    noise: float,
+    settings: SamplingSettings,
+    seed: int,
+) -> Pairs:
+    """Two different samples a prompt from the policy, labelled by the gold scorer: P(a ≻ b) = σ((g_a − g_b)/noise).
+
+    `noise` is in the gold score's unit: at a margin of one `noise` the better response wins 73 % of the time; 0 labels
+    without error, and ties by a coin. Prompts whose two samples are the same text tell nothing and are passed over.
+
+    Raises InputError where fewer than two pairs are asked for, `noise` is below 0, the gold scorer gives no number for
+    a response, or the policy keeps giving the same answer twice.
+    """
+    if pairs < 2:
+        raise InputError(f"asked for {pairs} preference pairs; wanted at least 2, and hundreds to learn from")
+    first: list[tuple[str, str, float]] = []
+    second: list[tuple[str, str, float]] = []
+    for one, other in _sampled_twice(policy, prompts, gold, settings, seed):
+        first.append(one)
+        second.append(other)
+        if len(first) == pairs:
+            break
+    asked, left, left_gold = zip(*first, strict=True)
+    _, right, right_gold = zip(*second, strict=True)
+    origin = {
+        "sampled": pairs, "noise": noise, "seed": seed, "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+    }  # fmt: skip
+    return replace(label(asked, left, right, left_gold, right_gold, noise=noise, seed=seed), origin=origin)
+
+
+def label(
+    prompts: Sequence[Prompt],
+    left: Sequence[str],
+    right: Sequence[str],
+    left_gold: Sequence[float],
+    right_gold: Sequence[float],
+    *,
+    noise: float,
+    seed: int,
+) -> Pairs:
+    """Choose between left and right by Bradley and Terry's law: P(left ≻ right) = σ((g_left − g_right)/noise)."""
+    if not noise >= 0.0:
+        raise InputError(f"noise is {noise}; wanted 0 (labels without error) or more, in the gold score's unit")
+    margin = np.asarray(left_gold, dtype=np.float64) - np.asarray(right_gold, dtype=np.float64)
+    wins = stream(seed, "label").random(len(margin)) < preference(margin, noise)
+    rows = list(zip(left, right, left_gold, right_gold, strict=True))
+    ordered = [(a, b, g, h) if won else (b, a, h, g) for (a, b, g, h), won in zip(rows, wins, strict=True)]
+    chosen, rejected, chosen_gold, rejected_gold = zip(*ordered, strict=True) if ordered else ((), (), (), ())
+    return Pairs(tuple(prompts), chosen, rejected, chosen_gold, rejected_gold, {"noise": noise, "seed": seed})
+
+
+def preference(margin: np.ndarray, noise: float) -> np.ndarray:
+    """σ(margin/noise); at noise 0 the step function, ½ at a tie.
+
+    >>> preference(np.array([0.0, 1.0, -1.0]), 1.0).round(3).tolist()
+    [0.5, 0.731, 0.269]
+    """
+    if noise == 0.0:
+        return np.asarray(np.heaviside(margin, 0.5))
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * margin / noise)))  # σ without overflow
+
+
+def split_halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
+    """Two random halves without a comparison in common: one for the reward model, one for the hold-out.
+
+    Raises InputError where there are fewer than four pairs.
+    """
+    if len(pairs) < 4:
+        raise InputError(f"got {len(pairs)} preference pairs; wanted at least 4 to split, and hundreds to learn from")
+    order = permutation(seed, "halves", len(pairs)).tolist()
+    middle = len(order) // 2
+    return pairs.take(sorted(order[:middle])), pairs.take(sorted(order[middle:]))
+
+
+def _sampled_twice(
+    policy: Policy, prompts: PromptSource, gold: Reward, settings: SamplingSettings, seed: int
+) -> Iterator[tuple[tuple[str, str, float], tuple[str, str, float]]]:
+    """Prompt, response and gold score of two different samples to each prompt, without end."""
+    source = replace(prompts, samples_per_prompt=2)
+    barren = 0
+    for number in count():
+        batch = source.batch(number)
+        draws = uniforms(seed, "preference", number, batch.keys, settings.max_new_tokens)
+        with torch.no_grad():
+            generation = policy.generate(batch, draws, settings.temperature)
+        texts = policy.decode(generation.responses, generation.response_mask)
+        scores = _gold_scores(gold, batch.texts, texts, batch.columns)
+        rows = list(zip(batch.texts, texts, scores, strict=True))
+        different = [(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True) if a[1] != b[1]]
+        yield from different
+        barren = 0 if different else barren + 1
+        if barren == BARREN_BATCHES:
+            raise InputError(
+                f"the policy gave the same response twice to each prompt of {barren} batches; wanted responses that "
+                "can be compared: raise the temperature, or check that it is no finished PPO policy"
+            )
+
+
+def _some(column: tuple[Entry, ...], places: Sequence[int]) -> tuple[Entry, ...]:
+    return tuple(column[place] for place in places)
+
+
+def _gold_scores(
+    gold: Reward, prompts: Sequence[str], texts: Sequence[str], columns: Mapping[str, tuple[object, ...]]
+) -> list[float]:
+    scores = [float(number) for number in gold(prompts, texts, **columns)]
+    check_rows("the gold scorer", len(scores), len(texts))
+    for row, number in enumerate(scores):
+        if not np.isfinite(number):
+            raise NonFiniteError(f"the gold scorer gave {number} for {texts[row][:60]!r}; wanted a finite number")
+    return scores

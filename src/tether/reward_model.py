@@ -1,0 +1,320 @@
+"""The reward model: prompt and response as text → one score, by an ordinary sequence classifier with its own tokenizer.
+
+    texts ─ chat template ─ token ids ─┐
+                                       ├─ trunk ─ states ─ top layers ─ hidden at the last real token ─ head → raw
+    rollout of a policy in mode `top` ─┴─────────────┘
+    score = gain·raw + bias        mean 0 and std 1 on the reference samples, so that β has a unit
+
+A folder of it is what `save_pretrained` of `AutoModelForSequenceClassification(num_labels=1)` writes, plus
+`tether_reward.json`, the manifest: gain, bias and how the model came about. A folder without one is any other reward
+model. Where the model was trained on a frozen trunk, `score_rollout` takes up the states that a policy with the same
+trunk has computed already. Knows no preferences and no optimiser. Read next: `reward_training.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tether.batch import Rollout, Sequences, check_rows
+from tether.classifiers import checked, cut, last_token_head, read_classifier
+from tether.errors import InputError, ModelError
+from tether.loading import Precision, Source, choose_attention, choose_dtype, context_length, freeze, load_tokenizer
+from tether.trunk import run_backbone
+
+Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
+"""What was asked: a text, or the messages of a conversation as `{"role": …, "content": …}`."""
+
+MANIFEST_FILE = "tether_reward.json"
+TOKENS_AT_ONCE = 8192  # padded positions of one forward pass without gradients
+PROBED_TOKENS = 8  # of a rollout's first row: enough to tell one trunk from another, and cheap
+SAME_STATES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative round-off of a token's state over a whole trunk
+
+
+@dataclass(frozen=True)
+class RewardManifest:
+    """What a reward model needs beside its weights, and what is known of how it was made."""
+
+    gain: float = 1.0
+    """g of score = g·raw + b: 1/σ, σ the standard deviation of the raw scores on the reference samples."""
+    bias: float = 0.0
+    """b: −μ/σ."""
+    top_layers: int | None = None
+    """How many layers were trained above a frozen trunk; None where all were, or where it is not known."""
+    closed: bool = True
+    """Whether the assistant's turn is ended, as its chat template ends it, before the score is taken."""
+    details: Mapping[str, object] = field(default_factory=dict)
+    """Noise, seeds, digests, settings, report: read by people, not by the program."""
+
+    def save(self, folder: Path) -> None:
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path) -> RewardManifest:
+        """The folder's manifest; the defaults where it has none. Raises ModelError where it cannot be read."""
+        path = folder / MANIFEST_FILE
+        if not path.is_file():
+            return RewardManifest()
+        try:
+            return RewardManifest(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as fault:
+            raise ModelError(
+                f"{path} is no manifest of a reward model ({fault}); train it again or remove it"
+            ) from fault
+
+
+class RewardModel:
+    """A trained scorer; call it like any reward: `(prompts, responses, **columns) -> list[float]`."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manifest: RewardManifest | None = None
+    ) -> None:
+        """Takes the model as its own, frozen and in eval mode. Raises ModelError where it has no single score."""
+        self.manifest = manifest or RewardManifest()
+        self.model, self.tokenizer = checked(model).requires_grad_(False).eval(), tokenizer
+        self._context = context_length(model)
+        self._head = last_token_head(model)
+        self._split = None if self.manifest.top_layers is None else cut(model, self._head, self.manifest.top_layers)
+
+    @staticmethod
+    def load(
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        dtype: Precision = "auto",
+        device: str | torch.device | None = None,
+    ) -> RewardModel:
+        """The reward model of a folder, a name on the hub, or a model, which is copied and stays as it was.
+
+        Raises ModelError where the source is no classifier, has another number of labels than one, or no tokenizer.
+        """
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if isinstance(source, PreTrainedModel):
+            model, manifest = copy.deepcopy(checked(source)), RewardManifest()
+        else:
+            model, manifest = read_classifier(source), RewardManifest.load(Path(source))
+        model = freeze(model, choose_dtype(dtype, model.num_parameters(), place), place)
+        if hasattr(model, "score"):  # a decoder; encoders keep the library's attention
+            choose_attention(model.base_model)
+        return RewardModel(model, load_tokenizer(source, tokenizer, model), manifest)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+        """One normalised score a response, in units of σ on the reference samples. `columns` are not looked at.
+
+        Raises InputError where there is another number of prompts than responses, or a text is longer than the
+        model's context.
+        """
+        del columns
+        return self.normalise(self.raw_scores(prompts, responses))
+
+    @torch.no_grad()
+    def raw_scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Float[Tensor, "batch"]:
+        """The classifier's own output, float32: the scale on which its margins are log-odds."""
+        return self._score_rows(self.encode(prompts, responses))
+
+    @torch.no_grad()
+    def score_rollout(self, rollout: Rollout) -> list[float]:
+        """The scores of a rollout; equal, up to round-off, to those of its texts.
+
+        Rows whose token ids are those of their texts start from the trunk's states that the rollout holds, if these
+        are of this model's own trunk; all others go by their texts. (A sampler may draw tokens that no tokenizer would
+        write for the same text, and a score is a function of the text.)
+        """
+        prompts, texts, sequences = rollout.prompts.texts, rollout.texts, rollout.sequences
+        if self._split is None or sequences.states is None or not self._knows(sequences):
+            return self(prompts, texts)
+        rows = self.encode(prompts, texts)
+        known = [sequences.ids[index, : len(row)].tolist() == row for index, row in enumerate(rows)]
+        shared, others = ([index for index, here in enumerate(known) if here is wanted] for wanted in (True, False))
+        raw = torch.empty(len(rows))
+        raw[shared] = self._score_states(sequences.states[shared], [rows[index] for index in shared])
+        raw[others] = self._score_rows([rows[index] for index in others])
+        return self.normalise(raw)
+
+    def forward(self, ids: Int[Tensor, "rows total"], lengths: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+        """Raw scores of right-padded rows, float32; carries gradients where they are enabled.
+
+        The score is taken at column lengths − 1, whatever the padding holds. A model whose head does not read the last
+        token (an encoder, say) is run as it is, under its mask.
+        """
+        if self._head is None:
+            mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+            logits: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).logits
+            return logits[:, 0].float()
+        if self._split is None:
+            return self._score_hidden(run_backbone(self.model.base_model, ids), lengths)
+        return self._score_hidden(self._split.top(ids, self._split.states(ids)), lengths)
+
+    def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt with its response, as turns of user and assistant or, without a template, joined.
+
+        Raises InputError where the two differ in number, or a row is empty or too long.
+        """
+        check_rows("the list of prompts", len(prompts), len(responses))
+        if not prompts:
+            return []
+        templated = self.tokenizer.chat_template is not None
+        texts = [self._text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=not templated)["input_ids"]
+        for row, ids in enumerate(rows):
+            if not 0 < len(ids) <= (self._context or len(ids)):
+                raise InputError(
+                    f"prompt and response {row} have {len(ids)} tokens together; the reward model reads 1 to "
+                    f"{self._context}: shorten the prompt or lower max_new_tokens"
+                )
+        return rows
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that training moves: the head and the layers above the trunk, or everything."""
+        if self._split is None:
+            return list(self.model.parameters())
+        assert self._head is not None
+        return [parameter for module in (*self._split.trained, self._head) for parameter in module.parameters()]
+
+    def normalise(self, raw: Float[Tensor, "batch"]) -> list[float]:
+        """g·raw + b."""
+        return [self.manifest.gain * number + self.manifest.bias for number in raw.tolist()]
+
+    def normalised_on(self, raw: Float[Tensor, "samples"]) -> RewardModel:
+        """The same model, shared not copied, with g = 1/σ and b = −μ/σ of these raw scores of reference samples.
+
+        Raises InputError where fewer than two samples are given or all score the same.
+        """
+        spread = float(raw.double().std(correction=0)) if len(raw) > 1 else 0.0
+        if not spread > 0.0:
+            raise InputError(
+                f"got {len(raw)} reference samples with a standard deviation of {spread}; wanted several responses "
+                "that the reward model tells apart: was it trained, and do the samples differ?"
+            )
+        mean = float(raw.double().mean())
+        reference = {"samples": len(raw), "mean": mean, "std": spread}
+        return self._with(gain=1.0 / spread, bias=-mean / spread, reference=reference)
+
+    def described(self, **details: object) -> RewardModel:
+        """The same model, shared not copied, with these details in its manifest."""
+        return self._with(self.manifest.gain, self.manifest.bias, **details)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an ordinary sequence-classification folder with the tokenizer and the manifest, whole or not at all.
+
+        Raises ModelError where something that is no reward model of tether stands there.
+        """
+        target = Path(folder)
+        if target.exists() and not (target / MANIFEST_FILE).is_file() and any(target.iterdir()):
+            raise ModelError(f"{target} is there already and holds no reward model of tether; choose another folder")
+        aside, old = (target.with_name(f".{target.name}.{part}") for part in ("part", "old"))
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir(parents=True)
+        self.model.save_pretrained(aside)
+        self.tokenizer.save_pretrained(aside)
+        self.manifest.save(aside)
+        if target.exists():
+            target.rename(old)
+        aside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _with(self, gain: float, bias: float, **details: object) -> RewardModel:
+        twin = copy.copy(self)
+        twin.manifest = replace(self.manifest, gain=gain, bias=bias, details={**self.manifest.details, **details})
+        return twin
+
+    def _text(self, prompt: Prompt, response: str) -> str:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+        if self.tokenizer.chat_template is None:
+            if len(turns) != 1:
+                raise InputError(
+                    f"a prompt is a conversation of {len(turns)} messages and the reward model's tokenizer has no chat "
+                    "template; set tokenizer.chat_template or give plain prompts"
+                )
+            return turns[0]["content"] + response
+        if self.manifest.closed:
+            turns.append({"role": "assistant", "content": response})
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + response
+
+    def _score_rows(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "rows"]:
+        raw = torch.empty(len(rows))
+        for group in length_groups([len(row) for row in rows], TOKENS_AT_ONCE):
+            raw[group] = self.forward(*pad_right([rows[index] for index in group], self.device)).cpu()
+        return raw
+
+    def _score_states(
+        self, states: Float[Tensor, "rows total dim"], rows: Sequence[Sequence[int]]
+    ) -> Float[Tensor, "rows"]:
+        """Raw scores of rows whose trunk states are known."""
+        assert self._split is not None
+        raw = torch.empty(len(rows))
+        for group in length_groups([len(row) for row in rows], TOKENS_AT_ONCE):
+            ids, lengths = pad_right([rows[index] for index in group], self.device)
+            hidden = self._split.top(ids, states[group, : ids.shape[1]].to(self.device))
+            raw[group] = self._score_hidden(hidden, lengths).cpu()
+        return raw
+
+    def _score_hidden(
+        self, hidden: Float[Tensor, "rows total dim"], lengths: Int[Tensor, "rows"]
+    ) -> Float[Tensor, "rows"]:
+        """The head's output at each row's last real token, in float32."""
+        assert self._head is not None
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
+        bias = None if self._head.bias is None else self._head.bias.float()
+        return F.linear(last, self._head.weight.float(), bias)[:, 0]
+
+    def _knows(self, sequences: Sequences) -> bool:
+        """Whether the rollout's states are what this model's own trunk computes, seen on the first row."""
+        given, split = sequences.states, self._split
+        if given is None or split is None or given.dtype != self.model.dtype:
+            return False
+        count = min(PROBED_TOKENS, int(sequences.lengths[0]))
+        ids = sequences.ids[:1, :count].to(self.device)
+        if int(ids.max()) >= self.model.get_input_embeddings().weight.shape[0]:
+            return False
+        own, theirs = split.states(ids)[0].float(), given[0, :count].to(self.device).float()
+        if own.shape != theirs.shape:
+            return False
+        distance = (own - theirs).norm(dim=-1) / own.norm(dim=-1)
+        return bool((distance <= SAME_STATES[self.model.dtype]).all())
+
+
+def length_groups(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Rows of similar length together, longest first, each group within `tokens` padded positions.
+
+    A single row longer than that stands alone.
+
+    >>> list(length_groups([3, 9, 4, 8], 18))
+    [[1, 3], [2, 0]]
+    """
+    group: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if group and lengths[group[0]] * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def pad_right(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "rows total"], Int[Tensor, "rows"]]:
+    """Token ids padded with 0 on the right, and the rows' lengths."""
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    return ids, lengths
