@@ -27,11 +27,18 @@ class Command:
     module: str
     function: str
     summary: str
+    complains_in: type[Exception] = TetherError
+    """The error that carries its complaints to the user; the standard-library rungs know only ValueError."""
 
 
 COMMANDS: dict[str, Command] = {
-    "ladder bandit": Command("tether.ladder.bandit", "main", "rung 1: the clip alone, two actions, pure Python"),
-    "ladder plain": Command("tether.ladder.plain", "main", "the whole of RLHF-PPO in the standard library"),
+    "demo": Command("tether.demo", "main", "the lesson's exercise end to end: with the string, and without"),
+    "train": Command("tether.training", "main", "one PPO run against a world's reward model"),
+    "sweep": Command("tether.sweep", "main", "a run for each β: frontier, chord law, the text at each"),
+    "ladder bandit": Command(
+        "tether.ladder.bandit", "main", "rung 1: the clip alone, two actions, pure Python", ValueError
+    ),
+    "ladder plain": Command("tether.ladder.plain", "main", "the whole of RLHF-PPO in the standard library", ValueError),
     "ladder skeleton": Command("tether.ladder.skeleton", "main", "rung 2: the four-model loop in torch, one file"),
     "ladder exact": Command("tether.ladder.exact", "main", "PPO against an optimum that is known exactly"),
     "runs": Command("tether.runs", "main_runs", "list the runs of a folder"),
@@ -103,7 +110,7 @@ def _call(name: str, command: Command, arguments: list[str]) -> int:
     try:
         outcome = tyro.cli(function, prog=f"tether {name}", args=arguments)
         return outcome if isinstance(outcome, int) else 0
-    except TetherError as error:
+    except (TetherError, command.complains_in) as error:
         print(f"tether {name}: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:

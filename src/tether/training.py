@@ -1,0 +1,93 @@
+"""`tether train`: one run on a world's own reward model; and the reward models that all jobs share."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from tether.config import RunSettings
+from tether.preferences import sample_pairs
+from tether.reward_model import RewardModel
+from tether.reward_report import RewardReport
+from tether.reward_training import train_two
+from tether.session import Judges, judges_folder, load_recipe, open_policy, quiet, source_of, train_run
+from tether.store import check_name
+from tether.terminal import console_for_output
+from tether.worlds.world import World, WorldName, open_world
+
+PAIRS_AT_ONCE = 32
+ROLES = ("reward", "holdout")
+
+
+def main(
+    world: WorldName = "smollm2",
+    name: str | None = None,
+    steps: int | None = None,
+    beta: float | None = None,
+    seed: int = 0,
+    root: Path = Path("runs"),
+) -> None:
+    """Train one policy by PPO against the world's reward model; everything lands in ROOT/NAME.
+
+    world: `smollm2`, or `nano`, which needs no download. name: of the run's folder; by default world, β and time.
+    steps, beta: in place of the recipe's. seed: of every random stream.
+    """
+    console = console_for_output()
+    settings = load_recipe(world).with_seed(seed)
+    settings = settings.with_beta(beta) if beta is not None else settings
+    settings = settings.with_steps(steps) if steps is not None else settings
+    name = check_name(name or f"{world}-beta{settings.ppo.reward.beta:g}-{time.strftime('%Y%m%d-%H%M%S')}")
+    place = open_world(world)
+    judges = open_judges(place, settings, console)
+    folder = train_run(place, settings, judges, root, name, console)
+    console.print(f"done: {folder}\nlook at it: tether show {folder}", soft_wrap=True)
+
+
+def open_judges(world: World, settings: RunSettings, console: Console) -> Judges:
+    """The reward model and the hold-out one of these settings; trained once, later taken from the cache."""
+    quiet()
+    folder = judges_folder(world, settings)
+    if not (folder / "holdout" / "config.json").is_file():
+        _train_both(world, settings, folder, console)
+    models = [RewardModel.load(folder / role, dtype=settings.model.dtype) for role in ROLES]
+    return Judges(models[0], models[1], world.gold)
+
+
+def _train_both(world: World, settings: RunSettings, folder: Path, console: Console) -> None:
+    knobs = settings.preferences
+    policy = open_policy(world, settings)
+    console.print(
+        f"{knobs.pairs} comparisons of the SFT model's own replies, labelled by gold with noise {knobs.noise:g}"
+    )
+    source = source_of(world.train_prompts, policy, settings, PAIRS_AT_ONCE)
+    pairs = sample_pairs(
+        policy, source, world.gold, knobs.pairs,
+        noise=knobs.noise, settings=settings.ppo.sampling, seed=settings.ppo.seed,
+    )  # fmt: skip
+    del policy
+    with Progress(console=console, transient=True) as progress:
+        tasks = {role: progress.add_task(f"{role} model", total=None) for role in ROLES}
+        two = train_two(
+            pairs, world.model, top_layers=knobs.top_layers, learning_rate=knobs.learning_rate,
+            batch_pairs=knobs.batch_pairs, seed=settings.ppo.seed, dtype=settings.model.dtype,
+            progress=lambda role, done, total, _: progress.update(tasks[role], completed=done, total=total),
+        )  # fmt: skip
+    for role, model, report in zip(
+        ROLES, (two.reward, two.holdout), (two.reward_report, two.holdout_report), strict=True
+    ):
+        model.save_pretrained(folder / role)
+        console.print(_report_line(role, report), soft_wrap=True)
+        for warning in report.warnings:
+            console.print(f"  warning: {warning}", soft_wrap=True)
+
+
+def _report_line(role: str, report: RewardReport) -> str:
+    known = [("best possible", report.ceiling_accuracy), ("correlation with gold", report.gold_pearson)]
+    notes = "".join(f", {name} {number:.2f}" for name, number in known if number is not None)
+    return (
+        f"{role} model: accuracy {report.accuracy:.3f} ± {report.accuracy_se:.3f} on {report.pairs} held-out comparisons "
+        f"(bag of words {report.floor_accuracy:.3f}{notes}), correlation with length {report.length_correlation:+.2f}"
+    )
