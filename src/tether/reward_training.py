@@ -4,12 +4,15 @@
 
 With `top_layers=k` the body's lower layers are a frozen trunk, run without gradients; the top k layers, the final norm
 and the head train. The result is an ordinary classifier all the same. Stiennon et al. 2020, §3.4. Knows no sampler and
-no gold scorer. Read next: `reward_report.py`, what the model is worth on pairs that it has not seen.
+no gold scorer. Read next: `reward_report.py`, what the model is worth on
+pairs that it has not seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -22,8 +25,9 @@ from tether.errors import InputError, NonFiniteError
 from tether.loading import Precision, Source, load_tokenizer
 from tether.numerics import bradley_terry_loss
 from tether.optimiser import Optimiser
-from tether.preferences import Pairs
-from tether.reward_model import RewardManifest, RewardModel, length_groups, pad_right
+from tether.preferences import Pairs, split_halves
+from tether.reward_model import Prompt, RewardManifest, RewardModel, length_groups, pad_right
+from tether.reward_report import RewardReport, report_on
 from tether.streams import permutation
 
 TOKENS_PER_PASS = 4096  # padded positions of one forward and backward pass
@@ -84,6 +88,53 @@ def train_reward_model(
     return reward.described(
         base=str(base) if isinstance(base, str) else None, labels=dict(pairs.origin), training=training
     )
+
+
+@dataclass(frozen=True)
+class TwoRewardModels:
+    """The reward model, and the hold-out one that is never optimised; each measured on the other's comparisons."""
+
+    reward: RewardModel
+    holdout: RewardModel
+    reward_report: RewardReport
+    holdout_report: RewardReport
+
+
+def train_two(
+    pairs: Pairs,
+    base: Source,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    reference: tuple[Sequence[Prompt], Sequence[str]] | None = None,
+    top_layers: int | None = 6,
+    epochs: int = 1,
+    learning_rate: float = 1e-4,
+    batch_pairs: int = 8,
+    seed: int = 0,
+    dtype: Precision = "auto",
+    device: str | torch.device | None = None,
+    progress: Callable[[str, int, int, float], None] | None = None,
+) -> TwoRewardModels:
+    """Two reward models on halves without a comparison in common, normalised on the same reference samples.
+
+    `reference`: prompts and responses of the reference policy; by default all responses of the pairs, of which each
+    model has been trained on one half. `progress`: as for one model, with "reward" or "holdout" before the numbers.
+    Raises what `split_halves`, `train_reward_model` and `RewardModel.normalised_on` raise.
+    """
+    halves = split_halves(pairs, seed)
+    source = "given" if reference else "the responses of all pairs"
+    prompts, responses = reference or ([*pairs.prompts, *pairs.prompts], [*pairs.chosen, *pairs.rejected])
+    models, reports = [], []
+    for number, role in enumerate(("reward", "holdout")):
+        model = train_reward_model(
+            halves[number], base, tokenizer=tokenizer, top_layers=top_layers, epochs=epochs,
+            learning_rate=learning_rate, batch_pairs=batch_pairs, seed=seed + number, dtype=dtype, device=device,
+            progress=progress and partial(progress, role),
+        )  # fmt: skip
+        reports.append(report_on(model, heldout=halves[1 - number], trained_on=halves[number]))
+        model = model.normalised_on(model.raw_scores(prompts, responses))
+        models.append(model.described(role=role, reference_source=source, report=reports[-1].as_dict()))
+    return TwoRewardModels(models[0], models[1], reports[0], reports[1])
 
 
 def untrained(
