@@ -150,7 +150,7 @@ class Sampler:
         return hidden
 
 
-def _shrink(rows: _Rows, tokens: Int[Tensor, "rows"]) -> Int[Tensor, "rows"]:
+def _shrink(rows: _Rows, tokens: Int[Tensor, "rows"]) -> Int[Tensor, "rows_left"]:
     """Drop the rows that have ended, once there are enough of them to pay for the copy."""
     ended = len(rows.open) - int(rows.open.sum())
     if ended <= SHRINK_AT * len(rows.open):

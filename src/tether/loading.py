@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ def load_backbone(source: Source, dtype: torch.dtype, device: torch.device) -> t
     return load_backbone(_read(AutoModel, source, dtype=dtype), dtype, device)
 
 
-def _read(kind: type, source: str | Path, **options: object) -> PreTrainedModel:
+def _read(kind: type, source: str | Path, **options: object) -> Any:
     """kind.from_pretrained, with the library's many kinds of failure as one."""
     try:
         return kind.from_pretrained(str(source), **options)  # type: ignore[attr-defined]

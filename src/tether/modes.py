@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,7 @@ from tether.trunk import SplitBackbone, decoder_layers, run_backbone
 LORA_SEED = 0  # of the adapters' random halves, so that a run is a function of its own seed alone
 
 
+@runtime_checkable
 class Mode(Protocol):
     """What a mode is."""
 

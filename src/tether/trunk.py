@@ -103,15 +103,15 @@ class _Pass(nn.Module):
             raise AttributeError(name)
         return getattr(self._stands_for[0], name)
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor]:
-        states = args[0] if args else kwargs["hidden_states"]
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
         return (states,) if self._as_tuple else states
 
 
 class _Capture(_Pass):
     """Keeps the states that reach it."""
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         result = super().forward(*args, **kwargs)
         self._states = result[0] if isinstance(result, tuple) else result
         return result
@@ -130,9 +130,9 @@ class _Resume(_Pass):
         super().__init__(layer, as_tuple=False)
         self.states = None
 
-    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor | tuple[Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
         states, self.states = self.states, None  # dropped at once: they belong to the rollout
-        result: Tensor | tuple[Tensor]
+        result: Tensor | tuple[Any, ...]
         if args:
             result = self._stands_for[0](states, *args[1:], **kwargs)
         else:
