@@ -39,7 +39,7 @@ def read_pairs(path: str | Path) -> Pairs:
     return pairs_of(rows, name=str(path))
 
 
-def pairs_of(rows: Iterable[Mapping[str, object]], name: str = "the data set") -> Pairs:
+def pairs_of(rows: Iterable[object], name: str = "the data set") -> Pairs:
     """The same from rows in memory: a list, or an iterable data set. `name` is what errors call it."""
     read = [_read_row(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1)]
     kept = [row for row in read if row[1] != row[2]]
@@ -57,7 +57,7 @@ def pairs_of(rows: Iterable[Mapping[str, object]], name: str = "the data set") -
     )
 
 
-def _rows(path: Path) -> list[Mapping[str, object]]:
+def _rows(path: Path) -> list[object]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as fault:
@@ -65,7 +65,7 @@ def _rows(path: Path) -> list[Mapping[str, object]]:
     if text.lstrip().startswith("["):
         return list(_parse(text, str(path)))  # type: ignore[call-overload, no-any-return]
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [_parse(line, f"{path}, line {number}") for number, line in lines]  # type: ignore[misc]
+    return [_parse(line, f"{path}, line {number}") for number, line in lines]
 
 
 def _parse(text: str, where: str) -> object:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -99,26 +99,26 @@ def sample_pairs(
     noise: float,
     settings: SamplingSettings,
     seed: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Pairs:
     """Two different samples a prompt from the policy, labelled by the gold scorer: P(a ≻ b) = σ((g_a − g_b)/noise).
 
     `noise` is in the gold score's unit: at a margin of one `noise` the better response wins 73 % of the time; 0 labels
     without error, and ties by a coin. Prompts whose two samples are the same text tell nothing and are passed over.
+    `progress` is called with the pairs found and the pairs wanted.
 
     Raises InputError where fewer than two pairs are asked for, `noise` is below 0, the gold scorer gives no number for
     a response, or the policy keeps giving the same answer twice.
     """
     if pairs < 2:
         raise InputError(f"asked for {pairs} preference pairs; wanted at least 2, and hundreds to learn from")
-    first: list[tuple[str, str, float]] = []
-    second: list[tuple[str, str, float]] = []
-    for one, other in _sampled_twice(policy, prompts, gold, settings, seed):
-        first.append(one)
-        second.append(other)
-        if len(first) == pairs:
-            break
-    asked, left, left_gold = zip(*first, strict=True)
-    _, right, right_gold = zip(*second, strict=True)
+    _check_noise(noise)
+    found = []
+    for both in islice(_sampled_twice(policy, prompts, gold, settings, seed), pairs):
+        found.append(both)
+        if progress is not None:
+            progress(len(found), pairs)
+    asked, left, right, left_gold, right_gold = zip(*found, strict=True)
     origin = {
         "sampled": pairs, "noise": noise, "seed": seed, "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
@@ -137,8 +137,7 @@ def label(
     seed: int,
 ) -> Pairs:
     """Choose between left and right by Bradley and Terry's law: P(left ≻ right) = σ((g_left − g_right)/noise)."""
-    if not noise >= 0.0:
-        raise InputError(f"noise is {noise}; wanted 0 (labels without error) or more, in the gold score's unit")
+    _check_noise(noise)
     margin = np.asarray(left_gold, dtype=np.float64) - np.asarray(right_gold, dtype=np.float64)
     wins = stream(seed, "label").random(len(margin)) < preference(margin, noise)
     rows = list(zip(left, right, left_gold, right_gold, strict=True))
@@ -172,8 +171,8 @@ def split_halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
 
 def _sampled_twice(
     policy: Policy, prompts: PromptSource, gold: Reward, settings: SamplingSettings, seed: int
-) -> Iterator[tuple[tuple[str, str, float], tuple[str, str, float]]]:
-    """Prompt, response and gold score of two different samples to each prompt, without end."""
+) -> Iterator[tuple[str, str, str, float, float]]:
+    """Prompt, two different responses to it and their gold scores, without end."""
     source = replace(prompts, samples_per_prompt=2)
     barren = 0
     for number in count():
@@ -183,8 +182,8 @@ def _sampled_twice(
             generation = policy.generate(batch, draws, settings.temperature)
         texts = policy.decode(generation.responses, generation.response_mask)
         scores = _gold_scores(gold, batch.texts, texts, batch.columns)
-        rows = list(zip(batch.texts, texts, scores, strict=True))
-        different = [(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True) if a[1] != b[1]]
+        both = zip(batch.texts[::2], texts[::2], texts[1::2], scores[::2], scores[1::2], strict=True)
+        different = [row for row in both if row[1] != row[2]]
         yield from different
         barren = 0 if different else barren + 1
         if barren == BARREN_BATCHES:
@@ -192,6 +191,11 @@ def _sampled_twice(
                 f"the policy gave the same response twice to each prompt of {barren} batches; wanted responses that "
                 "can be compared: raise the temperature, or check that it is no finished PPO policy"
             )
+
+
+def _check_noise(noise: float) -> None:
+    if not noise >= 0.0:
+        raise InputError(f"noise is {noise}; wanted 0 (labels without error) or more, in the gold score's unit")
 
 
 def _some(column: tuple[Entry, ...], places: Sequence[int]) -> tuple[Entry, ...]:
