@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -119,7 +119,8 @@ def test_what_is_drawn_is_what_the_run_holds(tmp_path: Path, drawn: list[Figure]
 def test_labels_of_many_runs_do_not_cover_each_other(
     runs: list[tuple[str, RunStore]], tmp_path: Path, drawn: list[Figure]
 ) -> None:
-    plot_curves(runs, tmp_path / "curves.png")
+    long = ("the run with the very longest label of them all", runs[0][1])
+    plot_curves([*runs, long], tmp_path / "curves.png")
     assert overlaps(drawn[0], "β = 0.0") == []
     for text in texts_of(drawn[0]):
         extent = text.get_window_extent()
@@ -158,6 +159,7 @@ def test_a_picture_that_cannot_be_written_is_one_clear_error(runs: list[tuple[st
         plot_curves(runs[:1], tmp_path / "file" / "curves.png")
 
 
+@example([float(value) for value in range(100)])
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=200))
 def test_the_moving_mean_is_the_mean_of_its_window(values: list[float]) -> None:
     got, reach = moving_mean(np.array(values)), len(values) // 40
@@ -202,9 +204,13 @@ def test_the_chord_law_holds_at_optima_and_is_seen_broken_elsewhere() -> None:
     assert [(chord.loose.beta, chord.tight.beta) for chord in chords] == [(0.2, 0.5), (0.5, 1.0), (1.0, 2.0)]
     assert all(chord.is_kept for chord in chords)
     short = SweepPoint(0.5, points[2].kl, points[2].gain - 0.2)  # a run that did not reach its optimum
-    assert not all(chord.is_kept for chord in chords_of([points[0], points[1], short, points[3]]))
+    around = chords_of([points[0], points[1], short, points[3]])
+    assert [chord.is_kept for chord in around] == [False, False, True]
+    assert around[0].slope > 0.5, "the run to the left gained too much on it"
+    assert around[1].slope < 0.5, "it gained too little on the run to the right"
     assert not Chord(SweepPoint(0.1, 1.0, 2.0), SweepPoint(0.2, 1.0, 1.0)).is_kept, "two β at the same KL"
-    assert not Chord(SweepPoint(0.1, 1.0, 1.0), SweepPoint(0.2, 2.0, 1.15)).is_kept, "the longer string at less KL"
+    backwards = chords_of([SweepPoint(0.2, 2.0, 1.15), SweepPoint(0.1, 1.0, 1.0)])[0]
+    assert (backwards.loose.beta, backwards.is_kept) == (0.1, False), "the longer string at less KL"
 
 
 def test_the_frontier_shows_ceiling_best_of_n_trails_and_sweep(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -234,6 +240,9 @@ def test_broken_chords_are_told_and_kept_ones_are_not(tmp_path: Path, drawn: lis
     plot_frontier([], [], 1.0, tmp_path / "broken.png", chord=broken)
     told = [any("chord law broken" in text.get_text() for text in texts_of(figure)) for figure in drawn]
     assert told == [False, True]
+    colours = [{line.get_color() for line in figure.axes[0].lines if len(line.get_xdata()) > 2} for figure in drawn]
+    assert len(colours[0]) == len(colours[1]) == 1
+    assert colours[0] != colours[1]
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
@@ -245,8 +254,11 @@ def test_labels_in_the_plane_do_not_cover_each_other(tmp_path: Path, drawn: list
 
 
 def test_a_kl_estimate_below_zero_is_drawn_at_zero(tmp_path: Path, drawn: list[Figure]) -> None:
-    plot_frontier([Trail("start", [-0.01], [-0.2])], [], 1.0, tmp_path / "frontier.png")
-    assert any([0.0, -0.2] in line.get_xydata().tolist() for line in drawn[0].axes[0].lines)
+    plot_frontier(
+        [Trail("start", [-0.01], [-0.2])], [], 1.0, tmp_path / "frontier.png", chord=[SweepPoint(1.0, -0.02, 0.3)]
+    )
+    for point in ([0.0, -0.2], [0.0, 0.3]):
+        assert any(point in line.get_xydata().tolist() for line in drawn[0].axes[0].lines)
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
@@ -262,6 +274,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
 
 
 # ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+@example([0.0] * 8, 20.0)
 @given(st.lists(st.floats(-50, 150), min_size=1, max_size=8), st.floats(0.5, 20))
 def test_spread_labels_keep_their_order_their_distance_and_the_panel(wanted: list[float], gap: float) -> None:
     got = spread(wanted, gap, 0.0, 100.0)

@@ -88,10 +88,12 @@ def test_no_runs_is_said_with_what_to_do(tmp_path: Path, capsys: pytest.CaptureF
     assert json.loads(capsys.readouterr().out)["runs"] == []
 
 
-def test_a_run_is_found_by_name_and_by_path(root: Path) -> None:
+def test_a_run_is_found_by_name_and_by_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_run("string", root) == root / "string"
     assert find_run("sweep/beta=0.2", root) == root / "sweep" / "beta=0.2"
     assert find_run(str(root / "cut"), "elsewhere") == root / "cut"
+    monkeypatch.chdir(root.parent)
+    assert find_run("runs/cut", "elsewhere") == Path("runs/cut")
 
 
 def test_a_run_that_is_not_there_is_refused_with_those_that_are(root: Path, tmp_path: Path) -> None:
@@ -148,6 +150,7 @@ def test_show_says_what_is_out_of_range_and_what_to_do(root: Path, capsys: pytes
     out = " ".join(capsys.readouterr().out.split())
     assert "! ppo/clip_fraction is 0.5; healthy: 0.01 to 0.2. Above: fewer epochs" in out
     assert "update 7 warning non_finite: loss/policy nan" in out
+    assert "created" not in out, "only warnings and alarms are shown"
 
 
 def test_show_of_a_run_without_updates_is_a_header(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +205,16 @@ def test_show_as_json_is_one_object_with_every_metric(root: Path, capsys: pytest
         "count": 20,
     }
     assert [event["kind"] for event in told["events"]] == ["created", "non_finite"]
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunStore.create(tmp_path, "run", {}) as store, store.update(0) as update:
+        update.metrics({"beta": math.inf, "score/mean": math.nan})
+    for show in (lambda: main_runs(tmp_path, json=True), lambda: main_show("run", tmp_path, json=True)):
+        show()
+        told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        summary = told["runs"][0] if "runs" in told else told
+        assert (summary["beta"], summary["score"]) == (None, None)
 
 
 def test_runs_as_json_is_one_object(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
