@@ -66,6 +66,9 @@ class UpdateSettings(Settings):
         0.02, gt=0, description="Per token; the update ends when k3(π_old, π) exceeds 1.5 × this; null = never"
     )
     value_warmup: int = Field(0, ge=0, description="Updates at the start that train the value head alone")
+    max_padding: float = Field(
+        0.05, ge=0, le=1, description="Share of padding in one pass; 1 for models so small that passes cost, not tokens"
+    )
     tokens_per_micro_batch: int = Field(4096, ge=1, description="Padded tokens in one forward and backward pass")
 
 

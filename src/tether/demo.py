@@ -164,8 +164,7 @@ def draw_frontier(outcome: Outcome, out: Path) -> Path:
 
 
 def _label(store: RunStore) -> str:
-    beta = store.curve("beta").values[0]
-    return "no string, β = 0" if beta == 0 else f"on the string, β = {beta:g}"
+    return f"β = {store.curve('beta').values[0]:g}"
 
 
 def write_samples(outcome: Outcome, out: Path) -> Path:
@@ -224,17 +223,18 @@ def kl_band(store: RunStore) -> tuple[float, float]:
 
 
 def print_summary(outcome: Outcome, console: Console) -> None:
-    """One line a policy."""
-    table = Table(title="held-out prompts", box=None, pad_edge=False, title_justify="left")
-    for head in ("policy", "score", "hold-out", "gold ± s.e.", "KL", "distinct-2", "length", "win rate (95 %)"):
-        table.add_column(head, justify="left" if head == "policy" else "right")
+    """One line a policy, within 80 columns."""
+    table = Table(title="on held-out prompts", box=None, pad_edge=False, title_justify="left")
+    for head in ("policy", "score", "hold-out", "gold", "KL", "distinct-2", "win rate, 95 %"):
+        table.add_column(head, justify="left" if head == "policy" else "right", no_wrap=True)
     store = outcome.runs[STRING]
     table.add_row("SFT model", *_row({key: store.curve(key).values[0] for key in EVALUATED}))
     for store in outcome.runs.values():
-        table.add_row(_label(store), *_row({key: store.curve(key).values[-1] for key in EVALUATED}))
+        table.add_row(f"PPO, {_label(store)}", *_row({key: store.curve(key).values[-1] for key in EVALUATED}))
     for best in outcome.best_of:
-        table.add_row(f"best of {best.n}", f"{best.score:+.2f}", "", f"{best.gold:+.2f}", f"{best.kl:.1f}", "", "", "")
+        table.add_row(f"best of {best.n}", f"{best.score:+.2f}", "", f"{best.gold:+.2f}", f"{best.kl:.1f}", "", "")
     console.print(table)
+    console.print("gold: ± one standard error. win rate: by gold against the SFT model's reply, prompt by prompt.")
     for store in outcome.runs.values():
         mean, spread = kl_band(store)
         console.print(f"{_label(store)}: KL over the last {BAND_UPDATES} updates {mean:.1f} ± {spread:.1f} nats")
@@ -245,5 +245,5 @@ def _row(values: Mapping[str, float]) -> list[str]:
     return [
         f"{values['eval/score']:+.2f}", f"{values['eval/holdout']:+.2f}",
         f"{values['eval/gold']:+.2f} ± {values['eval/gold_se']:.2f}", f"{values['eval/kl']:.1f}",
-        f"{values['eval/distinct_2']:.2f}", f"{values['eval/length']:.0f}", win,
+        f"{values['eval/distinct_2']:.2f}", win,
     ]  # fmt: skip

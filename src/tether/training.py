@@ -88,6 +88,7 @@ def _report_line(role: str, report: RewardReport) -> str:
     known = [("best possible", report.ceiling_accuracy), ("correlation with gold", report.gold_pearson)]
     notes = "".join(f", {name} {number:.2f}" for name, number in known if number is not None)
     return (
-        f"{role} model: accuracy {report.accuracy:.3f} ± {report.accuracy_se:.3f} on {report.pairs} held-out comparisons "
-        f"(bag of words {report.floor_accuracy:.3f}{notes}), correlation with length {report.length_correlation:+.2f}"
+        f"{role} model: accuracy {report.accuracy:.3f} ± {report.accuracy_se:.3f} on {report.pairs} held-out "
+        f"comparisons (bag of words {report.floor_accuracy:.3f}{notes}), "
+        f"correlation with length {report.length_correlation:+.2f}"
     )

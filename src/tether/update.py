@@ -23,8 +23,6 @@ from tether.optimiser import Optimiser
 
 EARLY_STOP_FACTOR = 1.5
 """The update ends when the epoch's mean k3(π_old, π) exceeds this × the target; Spinning Up's rule."""
-PADDING_WASTE = 0.05
-"""Largest share of padded positions in a micro-batch."""
 SKIPS_BEFORE_STOP = 8
 """Non-finite optimiser steps in one update before the run is stopped."""
 
@@ -101,7 +99,7 @@ def _accumulate(
 ) -> str | None:
     """Gradients of one minibatch, micro-batch by micro-batch. Returns the name of what was not finite, or None."""
     denominator = float(minibatch.sequences.response_mask.sum())
-    for rows in micro_batches(minibatch.sequences.lengths, settings.tokens_per_micro_batch):
+    for rows in micro_batches(minibatch.sequences.lengths, settings.tokens_per_micro_batch, settings.max_padding):
         piece = minibatch.rows(rows)
         evaluation = policy.evaluate(piece.sequences, temperature)
         mask, clip, value_clip = piece.sequences.response_mask, settings.clip_range, settings.value_clip_range
@@ -168,19 +166,21 @@ def _step(optimiser: Optimiser, bad: str | None, skipped: list[str], policy_froz
     return float("nan")
 
 
-def micro_batches(lengths: Int[Tensor, "rows"], tokens: int) -> Sequence[Int[Tensor, "part"]]:
-    """Rows grouped by length, longest first, each group within `tokens` padded positions and 5 % padding.
+def micro_batches(
+    lengths: Int[Tensor, "rows"], tokens: int, max_padding: float = 0.05
+) -> Sequence[Int[Tensor, "part"]]:
+    """Rows grouped by length, longest first; a group has at most `tokens` positions, at most `max_padding` of them padding.
 
     A single row longer than the budget stands alone. Every row stands in exactly one group.
     """
     sizes: list[int] = lengths.tolist()
-    if _fits(sum(sizes), max(sizes) * len(sizes), tokens):
+    if _fits(sum(sizes), max(sizes) * len(sizes), tokens, max_padding):
         return [torch.arange(len(sizes), device=lengths.device)]
     groups: list[list[int]] = []
     real = 0
     for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
         positions = sizes[groups[-1][0]] * (len(groups[-1]) + 1) if groups else 0
-        if groups and _fits(real + sizes[row], positions, tokens):
+        if groups and _fits(real + sizes[row], positions, tokens, max_padding):
             groups[-1].append(row)
             real += sizes[row]
         else:
@@ -189,9 +189,9 @@ def micro_batches(lengths: Int[Tensor, "rows"], tokens: int) -> Sequence[Int[Ten
     return [torch.tensor(group, device=lengths.device) for group in groups]
 
 
-def _fits(real: int, positions: int, tokens: int) -> bool:
+def _fits(real: int, positions: int, tokens: int, max_padding: float) -> bool:
     """Whether that many real tokens may fill that many positions."""
-    return positions <= tokens and real >= (1.0 - PADDING_WASTE) * positions
+    return positions <= tokens and real >= (1.0 - max_padding) * positions
 
 
 def _summarise(epochs: list[_Tally], norms: list[float], skipped: int) -> dict[str, float]:
