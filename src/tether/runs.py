@@ -38,7 +38,7 @@ SHOWN = 8
 UNITS = {"nats/response": "nats", "nats/token": "nats/tok", "tokens/s": "tok/s", "score/nat": "per nat", "1": ""}
 """Short forms for narrow terminals; a bare `nats` is per response, as everywhere."""
 MAIN = (
-    "score/mean", "score/std", "objective/tethered", "reward/mean", "reward/non_score",
+    "score/mean", "score/std", "score/holdout", "score/gold", "objective/tethered", "reward/mean", "reward/non_score",
     "kl/mean", "kl/se", "kl/full", "beta",
     "entropy/per_token", "length/mean", "finished/share", "distinct_2",
     "loss/policy", "loss/value", "ppo/approx_kl", "ppo/clip_fraction", "ppo/ratio_first", "grad/norm", "learning_rate",
