@@ -13,6 +13,7 @@ import json as jsonlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from rich.console import Console
@@ -32,6 +33,10 @@ from tether.worlds.world import World, WorldName, open_world
 
 STRING, NO_STRING = "string", "no-string"
 SHOWN_PROMPTS = 8
+FRONTIER_TRAILS: tuple[tuple[str, str, Literal["proxy", "gold"]], ...] = (
+    ("score/mean", "eval/score", "proxy"),
+    ("score/gold", "eval/gold", "gold"),
+)
 BAND_UPDATES = 30
 """Updates at the end over which K is called a band."""
 
@@ -149,15 +154,14 @@ def draw_curves(outcome: Outcome, out: Path) -> Path:
 
 
 def draw_frontier(outcome: Outcome, out: Path) -> Path:
-    """Gain over √K: both runs by the reward and by gold, best-of-n, and the ceiling; gold in its own σ."""
+    """Gain over √K: both runs by the reward and by gold, best-of-n, and the ceiling; all in σ."""
     trails: list[Trail] = []
     for store in outcome.runs.values():
         kl = moving_mean(np.maximum(store.curve("kl/mean").values, 0.0)).tolist()
-        gold_sigma = float(np.std([_gold(sample) for sample in store.samples(step=0, split="probe")])) or 1.0
-        for metric, kind, unit in (("score/mean", "proxy", 1.0), ("score/gold", "gold", gold_sigma)):
+        for metric, start_metric, kind in FRONTIER_TRAILS:
             values = moving_mean(store.curve(metric).values)
-            start = float(store.curve("eval/score" if kind == "proxy" else "eval/gold").values[0])
-            trails.append(Trail(_label(store), kl, ((values - start) / unit).tolist(), kind))  # type: ignore[arg-type]
+            start = float(store.curve(start_metric).values[0])
+            trails.append(Trail(_label(store), kl, (values - start).tolist(), kind))
     start = float(outcome.runs[STRING].curve("eval/score").values[0])
     best = [BestOfN(best.n, best.score - start) for best in outcome.best_of]
     return plot_frontier(trails, best, 1.0, out / "frontier.png")
@@ -176,7 +180,7 @@ def write_samples(outcome: Outcome, out: Path) -> Path:
         f"update {last}, no string": outcome.runs[NO_STRING].samples(last, "probe"),
     }
     lines = ["# The same prompts, before and after", ""]
-    lines += ["Score is what PPO climbs, in σ of the SFT model; gold is the truth that it never saw; KL in nats.", ""]
+    lines += ["Score is what PPO climbs, gold the truth that it never saw, both in σ of the SFT model; KL in nats.", ""]
     for row in range(min(SHOWN_PROMPTS, *map(len, columns.values()))):
         lines += [f"## {next(iter(columns.values()))[row].prompt}", ""]
         for title, samples in columns.items():

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, pstdev
 
 from rich.console import Console
 from rich.progress import Progress
 
+from tether.batch import Reward
 from tether.config import RunSettings
-from tether.preferences import sample_pairs
+from tether.preferences import Pairs, sample_pairs
 from tether.reward_model import RewardModel
 from tether.reward_report import RewardReport
 from tether.reward_training import train_two
@@ -20,6 +25,7 @@ from tether.worlds.world import World, WorldName, open_world
 
 PAIRS_AT_ONCE = 32
 ROLES = ("reward", "holdout")
+GOLD_FILE = "gold.json"
 
 
 def main(
@@ -53,7 +59,25 @@ def open_judges(world: World, settings: RunSettings, console: Console) -> Judges
     if not (folder / "holdout" / "config.json").is_file():
         _train_both(world, settings, folder, console)
     models = [RewardModel.load(folder / role, dtype=settings.model.dtype) for role in ROLES]
-    return Judges(models[0], models[1], world.gold)
+    scale = json.loads((folder / GOLD_FILE).read_text("utf-8"))
+    return Judges(models[0], models[1], StandardGold(world.gold, scale["mean"], scale["std"]))
+
+
+@dataclass(frozen=True)
+class StandardGold:
+    """Gold in σ of the SFT model: mean 0 and standard deviation 1 on its own replies, like the reward models."""
+
+    gold: Reward
+    mean: float
+    std: float
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+        return [(score - self.mean) / self.std for score in self.gold(prompts, responses, **columns)]
+
+
+def _keep_gold_scale(pairs: Pairs, gold: Reward, path: Path) -> None:
+    scores = [*gold(pairs.prompts, pairs.chosen), *gold(pairs.prompts, pairs.rejected)]  # type: ignore[arg-type]
+    path.write_text(json.dumps({"mean": fmean(scores), "std": pstdev(scores) or 1.0}), "utf-8")
 
 
 def _train_both(world: World, settings: RunSettings, folder: Path, console: Console) -> None:
@@ -75,6 +99,8 @@ def _train_both(world: World, settings: RunSettings, folder: Path, console: Cons
             batch_pairs=knobs.batch_pairs, seed=settings.ppo.seed, dtype=settings.model.dtype,
             progress=lambda role, done, total, _: progress.update(tasks[role], completed=done, total=total),
         )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    _keep_gold_scale(pairs, world.gold, folder / GOLD_FILE)
     for role, model, report in zip(
         ROLES, (two.reward, two.holdout), (two.reward_report, two.holdout_report), strict=True
     ):

@@ -169,7 +169,7 @@ def _step(optimiser: Optimiser, bad: str | None, skipped: list[str], policy_froz
 def micro_batches(
     lengths: Int[Tensor, "rows"], tokens: int, max_padding: float = 0.05
 ) -> Sequence[Int[Tensor, "part"]]:
-    """Rows grouped by length, longest first; a group has at most `tokens` positions, at most `max_padding` of them padding.
+    """Rows grouped by length, longest first; a group has at most `tokens` positions, of them `max_padding` padding.
 
     A single row longer than the budget stands alone. Every row stands in exactly one group.
     """
