@@ -25,7 +25,7 @@ from tether.errors import ModelError, RunError
 from tether.evaluation import BestOf, draw_best_of_n
 from tether.plots import BestOfN, Trail, moving_mean, plot_curves, plot_frontier
 from tether.records import Sample
-from tether.session import Judges, load_recipe, open_policy, source_of, train_run
+from tether.session import Judges, load_recipe, open_policy, prepare_process, source_of, train_run
 from tether.store import RunStore
 from tether.terminal import console_for_output
 from tether.training import open_judges
@@ -63,6 +63,7 @@ def main(
     out: folder for everything; `demo` or `demo-nano` by default. steps: updates of each run. seed: of every stream.
     json: print the summary as one JSON object.
     """
+    prepare_process()
     console = Console(stderr=True) if json else console_for_output()
     place = _open_or_fall_back(world, console)
     settings = load_recipe(place.name).with_seed(seed)

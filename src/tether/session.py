@@ -29,6 +29,7 @@ from tether.prompts import PromptSource, encode
 from tether.recording import Keeper, Screen
 from tether.records import Sample
 from tether.reward_model import RewardModel
+from tether.runtime.memory import keep_freed_memory
 from tether.store import RunStore
 from tether.trainer import Run, train
 from tether.worlds.real import cache_folder
@@ -72,14 +73,14 @@ class Judges:
         return {"holdout": self.holdout, "gold": self.gold}
 
 
-def quiet() -> None:
-    """Keep transformers' own bars out of the program's output."""
+def prepare_process() -> None:
+    """What a program that trains wants of its process: freed memory kept, and no bars but its own."""
+    keep_freed_memory()
     transformers_logging.disable_progress_bar()
 
 
 def open_policy(world: World, settings: RunSettings) -> LanguagePolicy:
     """The policy at its start, with its frozen reference."""
-    quiet()
     model = settings.model
     return load_policy(
         model.source or world.model,

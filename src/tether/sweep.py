@@ -14,7 +14,7 @@ from rich.table import Table
 from tether.demo import finished_run
 from tether.errors import ConfigError
 from tether.plots import SweepPoint, Trail, plot_frontier
-from tether.session import load_recipe
+from tether.session import load_recipe, prepare_process
 from tether.store import RunStore
 from tether.terminal import console_for_output
 from tether.training import open_judges
@@ -53,6 +53,7 @@ def main(
     beta: the strings. world: `nano` or `smollm2`. out: folder of runs, `frontier.png` and `texts.md`. steps: updates of
     each run. seed: of every stream. json: one object instead of the table.
     """
+    prepare_process()
     console = Console(stderr=True) if json else console_for_output()
     if len(set(beta)) < 2 or min(beta) < 0:
         raise ConfigError(f"a sweep wants at least two different β ≥ 0; got {list(beta)}. Try --beta 0 0.05 0.2")

@@ -18,7 +18,7 @@ from tether.preferences import Pairs, sample_pairs
 from tether.reward_model import RewardModel
 from tether.reward_report import RewardReport
 from tether.reward_training import train_two
-from tether.session import Judges, judges_folder, load_recipe, open_policy, quiet, source_of, train_run
+from tether.session import Judges, judges_folder, load_recipe, open_policy, prepare_process, source_of, train_run
 from tether.store import check_name
 from tether.terminal import console_for_output
 from tether.worlds.world import World, WorldName, open_world
@@ -41,6 +41,7 @@ def main(
     world: `smollm2`, or `nano`, which needs no download. name: of the run's folder; by default world, β and time.
     steps, beta: in place of the recipe's. seed: of every random stream.
     """
+    prepare_process()
     console = console_for_output()
     settings = load_recipe(world).with_seed(seed)
     settings = settings.with_beta(beta) if beta is not None else settings
@@ -54,7 +55,6 @@ def main(
 
 def open_judges(world: World, settings: RunSettings, console: Console) -> Judges:
     """The reward model and the hold-out one of these settings; trained once, later taken from the cache."""
-    quiet()
     folder = judges_folder(world, settings)
     if not (folder / "holdout" / "config.json").is_file():
         _train_both(world, settings, folder, console)
