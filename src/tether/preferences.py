@@ -160,13 +160,18 @@ def preference(margin: np.ndarray, noise: float) -> np.ndarray:
 def split_halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
     """Two random halves without a comparison in common: one for the reward model, one for the hold-out.
 
-    Raises InputError where there are fewer than four pairs.
+    A prompt may occur in both, with other responses. Raises InputError where there are fewer than four pairs.
     """
-    if len(pairs) < 4:
-        raise InputError(f"got {len(pairs)} preference pairs; wanted at least 4 to split, and hundreds to learn from")
-    order = permutation(seed, "halves", len(pairs)).tolist()
-    middle = len(order) // 2
-    return pairs.take(sorted(order[:middle])), pairs.take(sorted(order[middle:]))
+    first, second = halves(len(pairs), seed)
+    return pairs.take(first), pairs.take(second)
+
+
+def halves(pairs: int, seed: int) -> tuple[list[int], list[int]]:
+    """The places of the two halves of so many pairs, each in ascending order."""
+    if pairs < 4:
+        raise InputError(f"got {pairs} preference pairs; wanted at least 4 to split, and hundreds to learn from")
+    order: list[int] = permutation(seed, "halves", pairs).tolist()
+    return sorted(order[: pairs // 2]), sorted(order[pairs // 2 :])
 
 
 def _sampled_twice(

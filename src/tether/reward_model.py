@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.batch import Rollout, Sequences, check_rows
@@ -38,6 +39,7 @@ Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
 
 MANIFEST_FILE = "tether_reward.json"
 TOKENS_AT_ONCE = 8192  # padded positions of one forward pass without gradients
+KEPT_BYTES = 2 * 2**30  # of trunk states in memory; beyond, they are computed again wherever they are needed
 PROBED_TOKENS = 8  # of a rollout's first row: enough to tell one trunk from another, and cheap
 SAME_STATES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # relative round-off of a token's state over a whole trunk
 
@@ -73,6 +75,29 @@ class RewardManifest:
             raise ModelError(
                 f"{path} is no manifest of a reward model ({fault}); train it again or remove it"
             ) from fault
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Prompts with their responses as a reward model reads them."""
+
+    rows: Sequence[Sequence[int]]
+    """Token ids, without padding."""
+    states: Sequence[Float[Tensor, "total dim"]] | None = None
+    """The frozen trunk's states of each row, where they are known."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, places: Sequence[int]) -> Encoded:
+        """The rows at these places, in this order."""
+        states = None if self.states is None else [self.states[place] for place in places]
+        return Encoded([self.rows[place] for place in places], states)
+
+    def then(self, other: Encoded) -> Encoded:
+        """These rows, then the other's."""
+        known = self.states is not None and other.states is not None
+        return Encoded([*self.rows, *other.rows], [*(self.states or ()), *(other.states or ())] if known else None)
 
 
 class RewardModel:
@@ -126,7 +151,7 @@ class RewardModel:
     @torch.no_grad()
     def raw_scores(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Float[Tensor, "batch"]:
         """The classifier's own output, float32: the scale on which its margins are log-odds."""
-        return self._score_rows(self.encode(prompts, responses))
+        return self.score_encoded(Encoded(self.encode(prompts, responses)))
 
     @torch.no_grad()
     def score_rollout(self, rollout: Rollout) -> list[float]:
@@ -136,30 +161,58 @@ class RewardModel:
         are of this model's own trunk; all others go by their texts. (A sampler may draw tokens that no tokenizer would
         write for the same text, and a score is a function of the text.)
         """
-        prompts, texts, sequences = rollout.prompts.texts, rollout.texts, rollout.sequences
+        rows, sequences = self.encode(rollout.prompts.texts, rollout.texts), rollout.sequences
         if self._split is None or sequences.states is None or not self._knows(sequences):
-            return self(prompts, texts)
-        rows = self.encode(prompts, texts)
+            return self.normalise(self.score_encoded(Encoded(rows)))
         known = [sequences.ids[index, : len(row)].tolist() == row for index, row in enumerate(rows)]
         shared, others = ([index for index, here in enumerate(known) if here is wanted] for wanted in (True, False))
+        states = [sequences.states[index, : len(rows[index])] for index in shared]
         raw = torch.empty(len(rows))
-        raw[shared] = self._score_states(sequences.states[shared], [rows[index] for index in shared])
-        raw[others] = self._score_rows([rows[index] for index in others])
+        raw[shared] = self.score_encoded(Encoded([rows[index] for index in shared], states))
+        raw[others] = self.score_encoded(Encoded([rows[index] for index in others]))
         return self.normalise(raw)
 
-    def forward(self, ids: Int[Tensor, "rows total"], lengths: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
-        """Raw scores of right-padded rows, float32; carries gradients where they are enabled.
+    @torch.no_grad()
+    def prepare(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Encoded:
+        """Token ids and, where there is a frozen trunk and memory allows, its states: computed once, used often."""
+        rows = self.encode(prompts, responses)
+        width = self.model.get_input_embeddings().weight.shape[1] * self.model.dtype.itemsize
+        if self._split is None or sum(map(len, rows)) * width > KEPT_BYTES:
+            return Encoded(rows)
+        states: dict[int, Tensor] = {}
+        for group in length_groups([len(row) for row in rows], TOKENS_AT_ONCE):
+            found = self._split.states(pad_right([rows[index] for index in group], self.device)[0])
+            states |= {index: found[place, : len(rows[index])].clone() for place, index in enumerate(group)}
+        return Encoded(rows, [states[index] for index in range(len(rows))])
 
-        The score is taken at column lengths − 1, whatever the padding holds. A model whose head does not read the last
-        token (an encoder, say) is run as it is, under its mask.
+    @torch.no_grad()
+    def score_encoded(self, encoded: Encoded) -> Float[Tensor, "batch"]:
+        """Raw scores, float32, on the CPU; rows of similar length go together."""
+        raw = torch.empty(len(encoded))
+        for group in length_groups([len(row) for row in encoded.rows], TOKENS_AT_ONCE):
+            raw[group] = self.forward(encoded.take(group)).cpu()
+        return raw
+
+    def forward(self, encoded: Encoded) -> Float[Tensor, "rows"]:
+        """Raw scores of rows in one pass, float32; carries gradients where they are enabled.
+
+        The score is taken at each row's last token, whatever the padding holds. A model whose head does not read the
+        last token (an encoder, say) is run as it is, under its mask.
         """
+        ids, lengths = pad_right(encoded.rows, self.device)
         if self._head is None:
             mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
             logits: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).logits
             return logits[:, 0].float()
         if self._split is None:
-            return self._score_hidden(run_backbone(self.model.base_model, ids), lengths)
-        return self._score_hidden(self._split.top(ids, self._split.states(ids)), lengths)
+            hidden = run_backbone(self.model.base_model, ids)
+        elif encoded.states is None:
+            hidden = self._split.top(ids, self._split.states(ids))
+        else:
+            hidden = self._split.top(ids, pad_sequence(list(encoded.states), batch_first=True).to(self.device))
+        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
+        bias = None if self._head.bias is None else self._head.bias.float()
+        return F.linear(last, self._head.weight.float(), bias)[:, 0]
 
     def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt with its response, as turns of user and assistant or, without a template, joined.
@@ -248,33 +301,6 @@ class RewardModel:
             turns.append({"role": "assistant", "content": response})
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + response
-
-    def _score_rows(self, rows: Sequence[Sequence[int]]) -> Float[Tensor, "rows"]:
-        raw = torch.empty(len(rows))
-        for group in length_groups([len(row) for row in rows], TOKENS_AT_ONCE):
-            raw[group] = self.forward(*pad_right([rows[index] for index in group], self.device)).cpu()
-        return raw
-
-    def _score_states(
-        self, states: Float[Tensor, "rows total dim"], rows: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "rows"]:
-        """Raw scores of rows whose trunk states are known."""
-        assert self._split is not None
-        raw = torch.empty(len(rows))
-        for group in length_groups([len(row) for row in rows], TOKENS_AT_ONCE):
-            ids, lengths = pad_right([rows[index] for index in group], self.device)
-            hidden = self._split.top(ids, states[group, : ids.shape[1]].to(self.device))
-            raw[group] = self._score_hidden(hidden, lengths).cpu()
-        return raw
-
-    def _score_hidden(
-        self, hidden: Float[Tensor, "rows total dim"], lengths: Int[Tensor, "rows"]
-    ) -> Float[Tensor, "rows"]:
-        """The head's output at each row's last real token, in float32."""
-        assert self._head is not None
-        last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1].float()
-        bias = None if self._head.bias is None else self._head.bias.float()
-        return F.linear(last, self._head.weight.float(), bias)[:, 0]
 
     def _knows(self, sequences: Sequences) -> bool:
         """Whether the rollout's states are what this model's own trunk computes, seen on the first row."""

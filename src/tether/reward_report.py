@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tether.errors import InputError
 from tether.preferences import Pairs, preference
@@ -110,29 +112,36 @@ def report_on(reward: RewardModel, heldout: Pairs, trained_on: Pairs) -> RewardR
 
     Raises InputError where there is no held-out pair.
     """
+    good, bad = (reward.raw_scores(heldout.prompts, side) for side in (heldout.chosen, heldout.rejected))
+    return measure(good, bad, heldout, trained_on)
+
+
+def measure(
+    chosen: Float[Tensor, "pairs"], rejected: Float[Tensor, "pairs"], heldout: Pairs, trained_on: Pairs
+) -> RewardReport:
+    """The same from the raw scores of the held-out pairs' two sides."""
     if not len(heldout):
         raise InputError("got no held-out pair; wanted at least one: split the comparisons")
-    good, bad = (
-        reward.raw_scores(heldout.prompts, side).double().numpy() for side in (heldout.chosen, heldout.rejected)
-    )
+    good, bad = chosen.double().numpy(), rejected.double().numpy()
+    margins, bins = good - bad, calibrate(good - bad)
     longer = _lengths(heldout.chosen) - _lengths(heldout.rejected)
     gold = None if heldout.margins is None else np.array(heldout.margins)
     every_gold = np.array([*(heldout.chosen_gold or ()), *(heldout.rejected_gold or ())])
     every_score = np.concatenate([good, bad])
-    accuracy = accuracy_of(good - bad)
+    accuracy = accuracy_of(margins)
     return RewardReport(
         pairs=len(heldout),
         accuracy=accuracy,
         accuracy_se=(accuracy * (1 - accuracy) / len(heldout)) ** 0.5,
         floor_accuracy=accuracy_of(word_margins(trained_on, heldout)),
         ceiling_accuracy=_ceiling(gold, heldout.origin.get("noise")),
-        log_loss=float(np.logaddexp(0.0, bad - good).mean()),
-        brier=float(((1.0 - preference(good - bad, 1.0)) ** 2).mean()),
-        calibration_error=calibration_error(bins := calibrate(good - bad)),
+        log_loss=float(np.logaddexp(0.0, -margins).mean()),
+        brier=float(((1.0 - preference(margins, 1.0)) ** 2).mean()),
+        calibration_error=calibration_error(bins),
         calibration=bins,
-        length_correlation=_aligned(good - bad, longer),
+        length_correlation=_aligned(margins, longer),
         gold_length_correlation=None if gold is None else _aligned(gold, longer),
-        gold_correlation=None if gold is None else _aligned(good - bad, gold),
+        gold_correlation=None if gold is None else _aligned(margins, gold),
         gold_pearson=None if gold is None else pearson(every_score, every_gold),
         gold_spearman=None if gold is None else pearson(ranks(every_score), ranks(every_gold)),
     )
@@ -175,12 +184,12 @@ def word_margins(train: Pairs, heldout: Pairs) -> Numbers:
     return margins
 
 
-def _fit(features: torch.Tensor, penalty: float) -> torch.Tensor:
+def _fit(features: Tensor, penalty: float) -> Tensor:
     """Weights of the logistic regression without intercept, by L-BFGS in float64."""
     weights = torch.zeros(features.shape[1], dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 
-    def loss() -> torch.Tensor:
+    def loss() -> Tensor:
         solver.zero_grad()
         value = torch.nn.functional.softplus(-features @ weights).sum() + 0.5 * penalty * weights.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
@@ -190,7 +199,7 @@ def _fit(features: torch.Tensor, penalty: float) -> torch.Tensor:
     return weights.detach()
 
 
-def _softplus(x: torch.Tensor) -> float:
+def _softplus(x: Tensor) -> float:
     return float(torch.nn.functional.softplus(x).mean())
 
 
@@ -199,7 +208,7 @@ def _vocabulary(pairs: Pairs) -> dict[str, int]:
     return {word: place for place, (word, _) in enumerate(seen.most_common(COMMONEST_WORDS))}
 
 
-def _differences(pairs: Pairs, vocabulary: dict[str, int]) -> torch.Tensor:
+def _differences(pairs: Pairs, vocabulary: dict[str, int]) -> Tensor:
     """Word counts of chosen less rejected, [pairs, vocabulary]."""
     features = torch.zeros(len(pairs), max(len(vocabulary), 1), dtype=torch.float64)
     for row, (good, bad) in enumerate(zip(pairs.chosen, pairs.rejected, strict=True)):

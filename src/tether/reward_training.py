@@ -2,10 +2,10 @@
 
     L(φ) = −E[log σ(r_φ(x, y_chosen) − r_φ(x, y_rejected))]          mean over pairs, nats
 
-With `top_layers=k` the body's lower layers are a frozen trunk, run without gradients; the top k layers, the final norm
-and the head train. The result is an ordinary classifier all the same. Stiennon et al. 2020, §3.4. Knows no sampler and
-no gold scorer. Read next: `reward_report.py`, what the model is worth on
-pairs that it has not seen.
+With `top_layers=k` the body's lower layers are a frozen trunk, whose states are computed once for all that reads them:
+the top k layers, the final norm and the head train, and the result is an ordinary classifier all the same. `train_two`
+trains the hold-out model on the other half of the comparisons, on the same states. Stiennon et al. 2020, §3.4. Knows no
+sampler and no gold scorer. Read next: `reward_report.py`, what a model is worth on pairs that it has not seen.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.classifiers import new_classifier
@@ -25,9 +24,9 @@ from tether.errors import InputError, NonFiniteError
 from tether.loading import Precision, Source, load_tokenizer
 from tether.numerics import bradley_terry_loss
 from tether.optimiser import Optimiser
-from tether.preferences import Pairs, split_halves
-from tether.reward_model import Prompt, RewardManifest, RewardModel, length_groups, pad_right
-from tether.reward_report import RewardReport, report_on
+from tether.preferences import Pairs, halves
+from tether.reward_model import Encoded, Prompt, RewardManifest, RewardModel, length_groups
+from tether.reward_report import RewardReport, measure
 from tether.streams import permutation
 
 TOKENS_PER_PASS = 4096  # padded positions of one forward and backward pass
@@ -36,6 +35,25 @@ MAX_GRAD_NORM = 1.0
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with steps done, steps in all, and the step's loss in nats per pair."""
+
+
+@dataclass(frozen=True)
+class RewardTraining:
+    """How a reward model is fitted."""
+
+    top_layers: int | None = 6
+    """Layers trained above a frozen trunk; None trains all weights."""
+    epochs: int = 1
+    learning_rate: float = 1e-4
+    """Adam's at the start; it falls linearly to 0."""
+    batch_pairs: int = 8
+    """Pairs in one step."""
+    seed: int = 0
+    """Of the head and of the pairs' order."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_pairs < 1:
+            raise InputError(f"got epochs={self.epochs} and batch_pairs={self.batch_pairs}; wanted at least 1 of each")
 
 
 def train_reward_model(
@@ -54,40 +72,13 @@ def train_reward_model(
 ) -> RewardModel:
     """A reward model that starts from the causal LM `base` and learns these pairs; not yet normalised.
 
-    `top_layers`: how many layers train above the frozen trunk; None trains all weights.
-    `seed`: of the head and of the pairs' order.
-
-    Raises InputError where there is no pair or a text is too long, ModelError where `base` does not fit,
-    NonFiniteError where the loss is not finite.
+    The knobs are those of `RewardTraining`. Raises InputError where there is no pair or a text is too long, ModelError
+    where `base` does not fit, NonFiniteError where a gradient is not finite.
     """
-    if not len(pairs):
-        raise InputError("got no preference pair; wanted at least one, and hundreds to learn from")
-    if epochs < 1 or batch_pairs < 1:
-        raise InputError(f"got epochs={epochs} and batch_pairs={batch_pairs}; wanted at least 1 of each")
+    knobs = RewardTraining(top_layers, epochs, learning_rate, batch_pairs, seed)
     reward = untrained(base, tokenizer, top_layers=top_layers, seed=seed, dtype=dtype, device=device)
-    chosen, rejected = (reward.encode(pairs.prompts, side) for side in (pairs.chosen, pairs.rejected))
-    optimiser = Optimiser(
-        {"reward": _unfrozen(reward)},
-        UpdateSettings(learning_rate=learning_rate, adam_epsilon=ADAM_EPSILON, max_grad_norm=MAX_GRAD_NORM),
-    )
-    batches = list(_batches(len(pairs), epochs, batch_pairs, seed))
-    for step, batch in enumerate(batches):
-        optimiser.set_progress(step / len(batches))
-        loss = _accumulate(reward, [chosen[row] for row in batch], [rejected[row] for row in batch], optimiser)
-        norm = optimiser.gradient_norm()
-        if not bool(torch.isfinite(norm)):
-            raise NonFiniteError(f"the gradient of step {step} is {float(norm)}; lower the learning rate")
-        optimiser.step(norm)
-        if progress is not None:
-            progress(step + 1, len(batches), loss)
-    reward.model.requires_grad_(False)
-    training = {
-        "pairs": len(pairs), "digest": pairs.digest, "epochs": epochs, "learning_rate": learning_rate,
-        "batch_pairs": batch_pairs, "seed": seed, "dtype": str(reward.model.dtype).removeprefix("torch."),
-    }  # fmt: skip
-    return reward.described(
-        base=str(base) if isinstance(base, str) else None, labels=dict(pairs.origin), training=training
-    )
+    chosen, rejected = (reward.prepare(pairs.prompts, side) for side in (pairs.chosen, pairs.rejected))
+    return _fitted(reward, pairs, chosen, rejected, base, knobs, progress)
 
 
 @dataclass(frozen=True)
@@ -121,18 +112,26 @@ def train_two(
     model has been trained on one half. `progress`: as for one model, with "reward" or "holdout" before the numbers.
     Raises what `split_halves`, `train_reward_model` and `RewardModel.normalised_on` raise.
     """
-    halves = split_halves(pairs, seed)
-    source = "given" if reference else "the responses of all pairs"
-    prompts, responses = reference or ([*pairs.prompts, *pairs.prompts], [*pairs.chosen, *pairs.rejected])
+    places = halves(len(pairs), seed)
+    seeds = (seed, seed + 1)
+    first, second = (
+        untrained(base, tokenizer, top_layers=top_layers, seed=own, dtype=dtype, device=device) for own in seeds
+    )
+    # One trunk under both: what the first computes serves the second.
+    chosen, rejected = (first.prepare(pairs.prompts, side) for side in (pairs.chosen, pairs.rejected))
+    samples = first.prepare(*reference) if reference else chosen.then(rejected)
     models, reports = [], []
-    for number, role in enumerate(("reward", "holdout")):
-        model = train_reward_model(
-            halves[number], base, tokenizer=tokenizer, top_layers=top_layers, epochs=epochs,
-            learning_rate=learning_rate, batch_pairs=batch_pairs, seed=seed + number, dtype=dtype, device=device,
-            progress=progress and partial(progress, role),
+    for number, (role, reward) in enumerate((("reward", first), ("holdout", second))):
+        own, other = places[number], places[1 - number]
+        knobs = RewardTraining(top_layers, epochs, learning_rate, batch_pairs, seeds[number])
+        model = _fitted(
+            reward, pairs.take(own), chosen.take(own), rejected.take(own), base, knobs,
+            progress and partial(progress, role),
         )  # fmt: skip
-        reports.append(report_on(model, heldout=halves[1 - number], trained_on=halves[number]))
-        model = model.normalised_on(model.raw_scores(prompts, responses))
+        good, bad = model.score_encoded(chosen.take(other)), model.score_encoded(rejected.take(other))
+        reports.append(measure(good, bad, heldout=pairs.take(other), trained_on=pairs.take(own)))
+        model = model.normalised_on(model.score_encoded(samples))
+        source = "given" if reference else "the responses of all pairs"
         models.append(model.described(role=role, reference_source=source, report=reports[-1].as_dict()))
     return TwoRewardModels(models[0], models[1], reports[0], reports[1])
 
@@ -155,37 +154,63 @@ def untrained(
     return RewardModel(model, words, RewardManifest(top_layers=top_layers, closed=False))
 
 
-def _unfrozen(reward: RewardModel) -> list[torch.nn.Parameter]:
+def _fitted(
+    reward: RewardModel,
+    pairs: Pairs,
+    chosen: Encoded,
+    rejected: Encoded,
+    base: Source,
+    knobs: RewardTraining,
+    progress: Progress | None,
+) -> RewardModel:
+    """The model after its epochs, frozen again, with its training in the manifest."""
+    _fit(reward, chosen, rejected, knobs, progress)
+    training = {
+        "base": str(base) if isinstance(base, str | Path) else type(base).__name__,
+        "pairs": len(pairs), "pairs_digest": pairs.digest, "epochs": knobs.epochs,
+        "learning_rate": knobs.learning_rate, "batch_pairs": knobs.batch_pairs, "seed": knobs.seed,
+        "dtype": str(reward.model.dtype).removeprefix("torch."),
+    }  # fmt: skip
+    return reward.described(labels=dict(pairs.origin), training=training)
+
+
+def _fit(
+    reward: RewardModel, chosen: Encoded, rejected: Encoded, knobs: RewardTraining, progress: Progress | None
+) -> None:
+    if not len(chosen):
+        raise InputError("got no preference pair; wanted at least one, and hundreds to learn from")
     parameters = reward.trainable()
     for parameter in parameters:
         parameter.requires_grad_(True)
-    return parameters
+    settings = UpdateSettings(learning_rate=knobs.learning_rate, adam_epsilon=ADAM_EPSILON, max_grad_norm=MAX_GRAD_NORM)
+    optimiser = Optimiser({"reward": parameters}, settings)
+    batches = list(_batches(len(chosen), knobs))
+    for step, batch in enumerate(batches):
+        optimiser.set_progress(step / len(batches))
+        loss = _accumulate(reward, chosen.take(batch), rejected.take(batch), optimiser)
+        norm = optimiser.gradient_norm()
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteError(f"the gradient of step {step} is {float(norm)}; lower the learning rate")
+        optimiser.step(norm)
+        if progress is not None:
+            progress(step + 1, len(batches), loss)
+    reward.model.requires_grad_(False)
 
 
-def _batches(pairs: int, epochs: int, size: int, seed: int) -> Iterator[list[int]]:
-    for epoch in range(epochs):
-        order = permutation(seed, "pairs", pairs, epoch)
-        yield from (order[start : start + size].tolist() for start in range(0, pairs, size))
+def _batches(pairs: int, knobs: RewardTraining) -> Iterator[list[int]]:
+    for epoch in range(knobs.epochs):
+        order: list[int] = permutation(knobs.seed, "pairs", pairs, epoch).tolist()
+        yield from (order[start : start + knobs.batch_pairs] for start in range(0, pairs, knobs.batch_pairs))
 
 
-def _accumulate(
-    reward: RewardModel, chosen: Sequence[list[int]], rejected: Sequence[list[int]], optimiser: Optimiser
-) -> float:
+def _accumulate(reward: RewardModel, chosen: Encoded, rejected: Encoded, optimiser: Optimiser) -> float:
     """Gradients of one batch, split so that the two sides of a pair stay together. Returns its loss."""
     loss = 0.0
-    longest = [max(len(good), len(bad)) for good, bad in zip(chosen, rejected, strict=True)]
+    longest = [max(len(good), len(bad)) for good, bad in zip(chosen.rows, rejected.rows, strict=True)]
     for group in length_groups(longest, TOKENS_PER_PASS // 2):
-        margin_of = _sides(reward, [chosen[row] for row in group], [rejected[row] for row in group])
-        part = bradley_terry_loss(*margin_of) * (len(group) / len(chosen))
+        raw = reward.forward(chosen.take(group).then(rejected.take(group)))
+        part = bradley_terry_loss(raw[: len(group)], raw[len(group) :]) * (len(group) / len(chosen))
         part.backward()  # type: ignore[no-untyped-call]
         optimiser.collect()
         loss += part.item()
     return loss
-
-
-def _sides(
-    reward: RewardModel, chosen: Sequence[list[int]], rejected: Sequence[list[int]]
-) -> tuple[Float[Tensor, "pairs"], Float[Tensor, "pairs"]]:
-    """Raw scores of both sides, in one pass."""
-    raw = reward.forward(*pad_right([*chosen, *rejected], reward.device))
-    return raw[: len(chosen)], raw[len(chosen) :]
