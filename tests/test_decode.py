@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from tether import decode, packing
 from tether.attention import GROUPED, RoomyLayer, roomy_cache
 from tether.batch import Generation, Prompts, Sequences
 from tether.decode import draw
-from tether.errors import InputError, ModelError
+from tether.errors import InputError, ModelError, NonFiniteError
 from tether.models import LanguagePolicy, load_policy
+from tether.packing import PackedLinears
 from tether.streams import uniforms
 from tiny_models import ARCHITECTURES, CONTEXT, EOS, MORE_ARCHITECTURES, VOCAB, build, build_tokenizer, prompts_of
 from tolerances import ROUND_OFF, Tolerance, assert_close
@@ -204,6 +207,91 @@ def test_results_are_ordinary_tensors_that_autograd_may_save() -> None:
     assert not generation.responses.is_inference()
 
 
+def test_more_rows_than_fit_at_once_are_sampled_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, quantiles = policy_of(build("gemma2"), "top"), numbers(5)
+    whole = policy.generate(prompts_of(*PROMPTS), quantiles, TEMPERATURE)
+    monkeypatch.setattr(decode, "TOKENS_AT_ONCE", 2 * (6 + LENGTH))
+    turns = policy.generate(prompts_of(*PROMPTS), quantiles, TEMPERATURE)
+    assert responses_of(whole) == responses_of(turns)
+    assert_close(turns.sampler_logprobs, whole.sampler_logprobs, Tolerance(0, 1e-4))
+
+
+# ── the trunk's states ──────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("architecture", ARCHITECTURES + MORE_ARCHITECTURES)
+def test_the_states_that_the_sampler_went_through_are_the_trunks(architecture: str) -> None:
+    policy, prompts = policy_of(build(architecture), "top", top_layers=1), prompts_of(*PROMPTS, padding=2)
+    sequences = Sequences.join(prompts, policy.generate(prompts, numbers(5), TEMPERATURE), pad=0)
+    heard, run = policy.prepare(sequences).states, policy.prepare(sequences).states
+    fed = torch.arange(heard.shape[1]) < sequences.lengths[:, None] - 1
+    assert_close(heard[fed], run[fed], Tolerance(1e-4, 1e-4))
+    assert not torch.equal(heard, run), "the first came from the sampler, where last tokens have no state"
+    assert not heard.is_inference()
+
+
+def test_states_of_rows_that_left_the_batch_early_are_in_their_places() -> None:
+    policy, prompts = policy_of(eager_to_stop(0.3), "top"), prompts_of(*[[i + 3] * (i % 3 + 1) for i in range(20)])
+    sequences = Sequences.join(prompts, policy.generate(prompts, numbers(20, 30), 1.0), pad=0)
+    heard, run = policy.prepare(sequences).states, policy.prepare(sequences).states
+    fed = torch.arange(heard.shape[1]) < sequences.lengths[:, None] - 1
+    assert_close(heard[fed], run[fed], Tolerance(1e-4, 1e-4))
+
+
+@pytest.mark.parametrize("change", ["token", "order", "cut"])
+def test_other_tokens_get_states_of_their_own(change: str) -> None:
+    policy, prompts = policy_of(build("llama"), "top"), prompts_of(*PROMPTS)
+    sequences = Sequences.join(prompts, policy.generate(prompts, numbers(5), TEMPERATURE), pad=0)
+    if change == "token":
+        ids = sequences.ids.clone()
+        ids[0, 0] = 90
+        sequences = Sequences(ids, sequences.prompt_lengths, sequences.response_lengths)
+    elif change == "order":
+        sequences = sequences.rows(torch.tensor([1, 0, 2, 3, 4]))
+    else:
+        sequences = Sequences(sequences.ids, sequences.prompt_lengths, sequences.response_lengths - 1)
+    first, second = policy.prepare(sequences).states, policy.prepare(sequences).states
+    assert torch.equal(first, second)
+
+
+# ── packed weights ──────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("mode", ["full", "lora", "top"])
+def test_packed_weights_draw_the_same_tokens(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, quantiles = policy_of(build("phi"), mode, dtype="bfloat16"), numbers(5)
+    calls: list[int] = []
+    apply = packing._apply
+    monkeypatch.setattr(packing, "_apply", lambda *args: (calls.append(1), apply(*args))[1])
+    packed = policy.generate(prompts_of(*PROMPTS), quantiles, TEMPERATURE)
+    assert calls, "bfloat16 on a CPU is packed"
+    monkeypatch.setattr(packing, "_can_pack", lambda _: False)
+    plain = policy.generate(prompts_of(*PROMPTS), quantiles, TEMPERATURE)
+    assert responses_of(packed) == responses_of(plain)
+    assert_close(packed.sampler_logprobs, plain.sampler_logprobs, Tolerance(0, 1e-2))
+    assert not any("forward" in module.__dict__ for module in policy.mode.model.modules())
+
+
+def test_a_weight_that_has_moved_is_packed_again() -> None:
+    linear = nn.Linear(16, 24, dtype=torch.bfloat16).requires_grad_(False)
+    packed, x = PackedLinears(linear), torch.randn(4, 16, dtype=torch.bfloat16)
+    for _ in range(2):
+        with torch.inference_mode(), packed.in_use(rows=4, steps=30):
+            assert_close(linear(x), F.linear(x, linear.weight, linear.bias).double(), Tolerance(1e-2, 1e-2))
+        with torch.no_grad():
+            linear.weight.mul_(-2.0)
+
+
+def test_layers_are_whole_again_after_a_failure() -> None:
+    linear = nn.Linear(16, 24, dtype=torch.bfloat16)
+    with pytest.raises(KeyError), torch.inference_mode(), PackedLinears(linear).in_use(rows=4, steps=30):
+        raise KeyError
+    linear(torch.ones(2, 16, dtype=torch.bfloat16)).sum().backward()
+    assert linear.weight.grad is not None
+
+
+def test_float32_is_not_packed() -> None:
+    linear = nn.Linear(16, 24)
+    with PackedLinears(linear).in_use(rows=4, steps=30):
+        assert "forward" not in linear.__dict__
+
+
 # ── complaints ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_a_prompt_that_leaves_no_room_is_refused() -> None:
     policy = policy_of(build("gpt2"))
@@ -217,6 +305,14 @@ def test_an_empty_prompt_is_refused() -> None:
     empty = Prompts(torch.tensor([[3], [4]]), torch.tensor([[True], [False]]), ("a", "b"), (0, 1))
     with pytest.raises(InputError, match="prompt 1 is empty"):
         policy_of(build("llama")).generate(empty, numbers(2), 1.0)
+
+
+def test_a_policy_that_has_diverged_is_one_clear_error() -> None:
+    policy = policy_of(build("llama"))
+    with torch.no_grad():
+        policy.mode.model.base_model.norm.weight[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="diverged"):
+        policy.generate(prompts_of([3]), numbers(1), 1.0)
 
 
 def test_a_model_without_an_end_token_is_refused() -> None:

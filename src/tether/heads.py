@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -55,7 +54,7 @@ class OutputHead:
 
     def logits(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocab"]:
         """z, in float32 or better."""
-        raw = F.linear(hidden, self.linear.weight, self.linear.bias)
+        raw: Tensor = self.linear(hidden)
         logits = raw if raw.dtype == torch.float64 else raw.float()
         if self.scale != 1.0:
             logits = logits * self.scale

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.batch import Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences
-from tether.decode import Sampler
+from tether.decode import Recorder, Sampler
 from tether.errors import InputError, ModelError
 from tether.heads import ValueHead, reference_logprobs, selected_logprobs
 from tether.loading import (
@@ -88,7 +89,9 @@ class LanguagePolicy:
     def __init__(self, mode: Mode, value: ValueFunction, tokenizer: PreTrainedTokenizerBase) -> None:
         self.mode, self.value, self.tokenizer = mode, value, tokenizer
         self._context = context_length(mode.model)
-        self._sampler = Sampler(mode.model.base_model, mode.head, stop_tokens(mode.model, tokenizer))
+        recorder = None if mode.trunk_end is None else Recorder(mode.trunk_end)
+        self._sampler = Sampler(mode.model.base_model, mode.head, stop_tokens(mode.model, tokenizer), recorder)
+        self._heard: _Heard | None = None
         self._trained = mode.trained()
         self._last = _Remembered()
 
@@ -114,12 +117,19 @@ class LanguagePolicy:
         responses, whatever else stands in the batch. Raises InputError where a prompt is empty or leaves no room.
         """
         self._check_room(prompts.lengths, uniforms.shape[1])
-        return self._sampler.sample(prompts, uniforms, temperature)
+        generation, states = self._sampler.sample(prompts, uniforms, temperature)
+        self._heard = None if states is None else _Heard(Sequences.join(prompts, generation, self.pad), states)
+        return generation
 
     def prepare(self, sequences: Sequences) -> Sequences:
-        """Compute once what every later forward pass of this rollout shares (mode `top`: the trunk's states)."""
+        """Compute once what every later forward pass of this rollout shares (mode `top`: the trunk's states).
+
+        For the responses that `generate` gave last, the states are those that the sampler went through.
+        """
         self._check_still()
-        return self.mode.prepare(sequences)
+        heard, self._heard = self._heard, None
+        known = None if heard is None else heard.states_of(sequences)
+        return self.mode.prepare(sequences) if known is None else sequences.with_states(known)
 
     def evaluate(self, sequences: Sequences, temperature: float) -> Evaluation:
         """log-probabilities, values and entropies of the responses under the policy as it stands."""
@@ -221,6 +231,25 @@ class ValueFunction(nn.Module):
         save_file(weights, folder / VALUE_HEAD_FILE)
         if self.backbone is not None:
             self.backbone.save_pretrained(folder / VALUE_MODEL_FOLDER)
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """The states of a frozen trunk that the sampler went through, and the tokens they belong to."""
+
+    sequences: Sequences
+    states: Float[Tensor, "batch room dim"]
+
+    def states_of(self, sequences: Sequences) -> Float[Tensor, "batch total dim"] | None:
+        """The states, where these are the same tokens; else None. The last token of a row was never fed: 0 there."""
+        known = self.sequences
+        same = (
+            torch.equal(known.prompt_lengths, sequences.prompt_lengths)
+            and torch.equal(known.response_lengths, sequences.response_lengths)
+            and known.ids.shape == sequences.ids.shape
+            and torch.equal(known.ids[known.mask], sequences.ids[known.mask])
+        )
+        return self.states[:, : known.ids.shape[1]].clone() if same else None
 
 
 class _Remembered:

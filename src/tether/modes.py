@@ -37,6 +37,8 @@ class Mode(Protocol):
     """The whole policy as it stands."""
     head: OutputHead
     reference_head: OutputHead
+    trunk_end: nn.Module | None
+    """The layer whose inputs are the frozen trunk's states; None where there is no such trunk."""
 
     def prepare(self, sequences: Sequences) -> Sequences:
         """Compute once what every later pass of this rollout shares."""
@@ -61,6 +63,7 @@ class FullMode:
         self.model = model
         self._reference = copy.deepcopy(model) if reference is None else reference
         self.head, self.reference_head = OutputHead.of(model), OutputHead.of(self._reference)
+        self.trunk_end: nn.Module | None = None
         model.requires_grad_(True)
 
     def prepare(self, sequences: Sequences) -> Sequences:
@@ -101,6 +104,7 @@ class LoraMode:
         self.adapters.eval()
         self.model = model
         self.head = self.reference_head = OutputHead.of(model)
+        self.trunk_end: nn.Module | None = None
 
     def prepare(self, sequences: Sequences) -> Sequences:
         return sequences
@@ -133,6 +137,7 @@ class TopMode:
         self._split = SplitBackbone(model.base_model, layers, top_layers, probe(model))
         for module in self._split.trained:
             module.requires_grad_(True)
+        self.trunk_end: nn.Module | None = self._split.first_trained
 
     def prepare(self, sequences: Sequences) -> Sequences:
         return sequences.with_states(self._split.states(sequences.ids.to(self.model.device)))
@@ -165,6 +170,7 @@ class OtherReference:
         self._mode, self._reference = mode, reference
         self.model, self.head, self.reference_head = mode.model, mode.head, OutputHead.of(reference)
         self.prepare, self.states, self.trained = mode.prepare, mode.states, mode.trained
+        self.trunk_end: nn.Module | None = mode.trunk_end
 
     @torch.no_grad()
     def reference_states(self, sequences: Sequences) -> Float[Tensor, "batch total dim"]:

@@ -65,6 +65,7 @@ class SplitBackbone:
         self._trunk = _shell(backbone, layers, [*found[:cut], self._capture, *passing[cut + 1 :]], {})
         self._top = _shell(backbone, layers, [*passing[:cut], self._resume, *found[cut + 1 :]], {})
         self._frozen = _shell(backbone, layers, [*passing[:cut], self._resume_frozen, *frozen_top[1:]], frozen_tail)
+        self.first_trained: nn.Module = found[cut]
         self.trained: list[nn.Module] = [*found[cut:], *tail.values()]
         self.originals: list[nn.Module] = [*frozen_top, *frozen_tail.values()]
 
