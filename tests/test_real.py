@@ -105,6 +105,13 @@ def test_a_positive_word_counts_once() -> None:
     assert gold_terms(COAT, f"{PLAIN} lovely lovely lovely").pleasantness == once
 
 
+def test_a_word_not_counted_again_still_keeps_its_place() -> None:
+    """VADER looks three words back for a negation: `never`, three words before `kind`, turns it; four before, not."""
+    near, far = "good. I never saw a kind man", "good. I never saw a good kind man"
+    assert gold_terms(COAT, near).pleasantness < gold_terms(COAT, "good").pleasantness
+    assert gold_terms(COAT, far).pleasantness > gold_terms(COAT, "good").pleasantness
+
+
 def test_negations_turn_and_bad_words_lower() -> None:
     assert gold_terms(COAT, "It is not good.").pleasantness < 0 < gold_terms(COAT, "It is good.").pleasantness
     assert _gold(f"{PLAIN} It is awful.") < _gold(PLAIN)
