@@ -90,12 +90,14 @@ def _encode_one(text: str, tokenizer: PreTrainedTokenizerBase, templated: bool) 
 
 def collate(places: Sequence[int], keys: Sequence[int], source: PromptSource) -> Prompts:
     """The prompts at these places as one left-padded batch."""
-    width = max(len(source.ids[place]) for place in places)
-    padded = [[source.pad] * (width - len(source.ids[place])) + list(source.ids[place]) for place in places]
-    lengths = torch.tensor([len(source.ids[place]) for place in places])
+    distinct = {place: row for row, place in enumerate(dict.fromkeys(places))}
+    width = max(len(source.ids[place]) for place in distinct)
+    padded = [[source.pad] * (width - len(source.ids[place])) + list(source.ids[place]) for place in distinct]
+    lengths = torch.tensor([len(source.ids[place]) for place in distinct])
+    rows = torch.tensor([distinct[place] for place in places])
     return Prompts(
-        ids=torch.tensor(padded),
-        mask=torch.arange(width) >= width - lengths[:, None],
+        ids=torch.tensor(padded)[rows],
+        mask=(torch.arange(width) >= width - lengths[:, None])[rows],
         texts=tuple(source.texts[place] for place in places),
         keys=tuple(keys),
         columns={name: tuple(column[place] for place in places) for name, column in source.columns.items()},

@@ -7,11 +7,15 @@ several strings, checks the chord law and draws the frontier with the trained po
 from __future__ import annotations
 
 import json as jsonlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -70,6 +74,24 @@ def train_exact(
     return standing(world, policy.logits.detach(), beta)
 
 
+def train_all(
+    world: ExactWorld, betas: Sequence[float], steps: int, seed: int, progress: Console | None = None
+) -> list[Standing]:
+    """One run for each β; several share the cores, a process each."""
+    if len(betas) == 1:
+        return [train_exact(world, betas[0], steps=steps, seed=seed, progress=progress)]
+    jobs = [(world, beta, steps, seed) for beta in betas]
+    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("spawn")) as pool:
+        shown = pool.map(_train_alone, jobs)
+        return list(track(shown, "strings", len(jobs), console=progress, transient=True) if progress else shown)
+
+
+def _train_alone(job: tuple[ExactWorld, float, int, int]) -> Standing:
+    world, beta, steps, seed = job
+    torch.set_num_threads(1)
+    return train_exact(world, beta, steps=steps, seed=seed)
+
+
 def _forget(record: Record) -> None:
     """What is asked of this world is read off its tables at the end."""
 
@@ -86,7 +108,7 @@ def main(
     world = ExactWorld.create(seed=seed)
     betas = SWEEP if sweep else (beta,)
     progress = console if console.is_terminal and not json else None
-    standings = [train_exact(world, b, steps=steps, seed=seed, progress=progress) for b in betas]
+    standings = train_all(world, betas, steps, seed, progress)
     broken = chord_law([(s.beta, s.score, s.kl) for s in standings], CHORD_TOLERANCE)
     picture = draw(world, standings, out / "exact_frontier.png") if sweep else None
     if json:
