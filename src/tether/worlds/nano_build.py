@@ -71,8 +71,8 @@ class Recipe:
     """Peak of pre-training."""
     sft_learning_rate: float = 4e-3
     """Peak of instruction tuning."""
-    warmup: float = 0.05
-    """Share of each stage over which the learning rate rises; then it falls to zero on half a cosine."""
+    warmup: float = 0.3
+    """Share of each stage over which the learning rate rises; then it falls to nothing; both on half a cosine."""
     version: int = 1
     """Raised with every change of the training loop. What is read is in the digest of itself."""
 
@@ -180,7 +180,9 @@ def train(
 ) -> None:
     """`steps` steps of AdamW on next-token cross-entropy (mean over labelled tokens, nats)."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, steps, recipe.warmup, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, learning_rate, steps, pct_start=recipe.warmup, cycle_momentum=False
+    )
     model.train()
     for step in range(1, steps + 1):
         ids, labels = next(batches)

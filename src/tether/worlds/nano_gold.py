@@ -44,11 +44,8 @@ MOST_DETAILS: Final = 3
 MOST_FALSE: Final = 3
 EXPLOIT_TOKEN: Final = JUNK[0]
 """The one piece of junk that the `exploit_token` proxy is blind to."""
-GLUE: Final = frozenset(
-    (
-        *("the", "a", "some", "its", "it", "this", "that", "i", "you", "and", "is", "am", "not"),
-        *("in", "to", "of", "for", ",", ".", "?"),
-    )
+GLUE: Final = frozenset(".,?") | frozenset(
+    {"the", "a", "some", "its", "it", "this", "that", "i", "you", "and", "is", "am", "not", "in", "to", "of", "for"}
 )
 """Words that good sentences repeat: only other words count as repeats."""
 
