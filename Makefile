@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test check demo clean
+.PHONY: setup test check demo clean bench
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tether wants Python 3.11 or newer; got " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 setup")'
@@ -23,6 +23,13 @@ test: check  ## everything that CI runs
 
 demo: setup  ## the main job, end to end
 	$(BIN)/tether demo
+
+bench: setup .venv-trl/.ready  ## one update against TRL's PPO; options as BENCH="--quick"
+	$(BIN)/python bench/ppo_speed.py $(BENCH)
+.venv-trl/.ready: bench/trl-requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet -c constraints.txt -r bench/trl-requirements.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
