@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test check demo clean bench
+.PHONY: setup test check mutants demo clean bench
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tether wants Python 3.11 or newer; got " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 setup")'
@@ -21,8 +21,15 @@ check: setup  ## lint, format, types, import contracts
 test: check  ## everything that CI runs
 	$(BIN)/python -m pytest -n 2
 
-demo: setup  ## the main job, end to end
-	$(BIN)/tether demo
+mutants: setup  ## plant every error of tests/mutation anew and rewrite docs/mutations.md
+	$(BIN)/python tests/mutation/run.py
+
+demo: setup  ## PPO against the exact optimum, then the lesson's exercise on the nano world
+	$(BIN)/tether ladder exact --sweep --out demo
+	$(BIN)/tether demo --world nano --out demo/nano
+
+demo-smollm2: setup  ## the same exercise on SmolLM2-135M-Instruct
+	$(BIN)/tether demo --out demo/smollm2
 
 bench: setup .venv-trl/.ready  ## one update against TRL's PPO; options as BENCH="--quick"
 	$(BIN)/python bench/ppo_speed.py $(BENCH)
