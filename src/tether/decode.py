@@ -172,12 +172,15 @@ class Sampler:
     ) -> tuple[Generation, Float[Tensor, "batch total dim"] | None]:
         """One response a prompt, and what the recorder heard; `uniforms` is as wide as the longest response allowed."""
         home, device = prompts.ids.device, self.head.linear.weight.device
-        inputs = [tensor.to(device) for tensor in (prompts.ids, prompts.mask, uniforms)]
+        ids, mask, draws = (tensor.to(device) for tensor in (prompts.ids, prompts.mask, uniforms))
         size = max(1, TOKENS_AT_ONCE // (prompts.ids.shape[1] + uniforms.shape[1]))
         with torch.inference_mode(), self._packed.in_use(*uniforms.shape), ExitStack() as stack:
             if self.recorder is not None:
                 stack.enter_context(self.recorder.listening())
-            turns = [self._write(*part, temperature) for part in zip(*(x.split(size) for x in inputs), strict=True)]
+            turns = [
+                self._write(ids[rows], mask[rows], draws[rows], temperature)
+                for rows in (slice(first, first + size) for first in range(0, len(prompts), size))
+            ]
         drafts = [draft for draft, _ in turns]
         fields = (torch.cat([getattr(draft, name) for draft in drafts]) for name in _FIELDS)
         heard = [states for _, states in turns if states is not None]

@@ -53,7 +53,8 @@ class PackedLinears:
 def _can_pack(linear: nn.Linear) -> bool:
     weight = linear.weight
     plain = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and "forward" not in linear.__dict__
-    return plain and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    has_onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return plain and has_onednn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def _apply(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
