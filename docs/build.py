@@ -1,0 +1,198 @@
+"""Fill what the docs take from the program: the metrics, the knobs, the layers of the house, pieces of source.
+
+    python docs/build.py            rewrite `docs/metrics.md` and every filled block
+    python docs/build.py --check    say which pages are out of date, and fail if one is
+
+A block stands in a page between `<!-- begin KIND: ARGUMENT -->` and `<!-- end -->`; what is between is replaced. The
+kinds are the functions of `FILLERS`. Everything else in a page is written by hand.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from tether import config
+from tether.metrics import CATALOGUE, Metric
+
+DOCS = Path(__file__).parent
+SOURCE = DOCS.parent / "src" / "tether"
+CONTRACTS = DOCS.parent / ".importlinter"
+BLOCK = re.compile(r"(?P<begin><!-- begin (?P<kind>\w+): (?P<argument>[^>]+?) -->\n).*?(?P<end><!-- end -->)", re.S)
+SECTION = re.compile(r"^# ── (.+?) ─+$|^\[\"(.+)\"\]$", re.M)
+
+
+# ── the blocks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def metrics_table(names: str) -> str:
+    """A table of these metrics, each with a link to its entry."""
+    rows = [_cells(f"[`{name}`](../metrics.md#{anchor(name)})", CATALOGUE[name]) for name in names.split()]
+    return _table(("metric", "unit", "what it is", "healthy"), rows)
+
+
+def knobs_table(model: str) -> str:
+    """A table of a settings model's own knobs: default, bounds and the line of help."""
+    rows = [
+        (f"`{name}`", f"`{_plain(field.default)}`", _bounds(field), field.description or "")
+        for name, field in getattr(config, model).model_fields.items()
+        if not isinstance(field.default, config.Settings)
+    ]
+    return _table(("knob", "default", "allowed", "what it does"), rows)
+
+
+def source(where: str) -> str:
+    """A function or class as it stands in the sources: `trainer.py:advance`."""
+    path, name = where.split(":")
+    text = (SOURCE / path).read_text("utf-8")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return f"```py\n{ast.get_source_segment(text, node)}\n```"
+    raise LookupError(f"{path} has no {name}")
+
+
+def layers(contract: str) -> str:
+    """The layers of an import contract, top to bottom."""
+    parser = ConfigParser()
+    parser.read_string(CONTRACTS.read_text("utf-8"))
+    return "```text\n" + parser[f"importlinter:contract:{contract}"]["layers"].strip() + "\n```"
+
+
+FILLERS: dict[str, Callable[[str], str]] = {
+    "metrics": metrics_table,
+    "knobs": knobs_table,
+    "source": source,
+    "layers": layers,
+}
+
+
+# ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────────────
+def metrics_page() -> str:
+    """Every metric with its unit, formula, source, healthy range and remedy, in the catalogue's own sections."""
+    lines = [
+        "# Every number that a run logs",
+        "",
+        "Made from `src/tether/metrics.toml` by `python docs/build.py`; the terminal and the pictures read the same "
+        "entries, and a number that is not among them cannot be logged.",
+        "",
+        "Letters: b counts the B responses of an update, t the tokens of a response, v the vocabulary, y the sampled "
+        "token; ℓ = log π_old(y|s) − log π_ref(y|s); R reward per token; V value; A advantage; G return; m the "
+        "response mask. The unit `score` is the score's own, σ on reference samples where the reward model is "
+        "normalised so; `nats/response` is summed over the tokens of a response, then averaged over responses; `1` is "
+        "a pure number.",
+        "",
+    ]
+    for title, metrics in _sections():
+        lines += [f"## {title[0].upper()}{title[1:]}", ""]
+        for metric in metrics:
+            lines += _entry(metric)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _sections() -> Iterator[tuple[str, list[Metric]]]:
+    """The catalogue under the headings that its file has as comments."""
+    title, metrics = "", []
+    for heading, name in SECTION.findall((SOURCE / "metrics.toml").read_text("utf-8")):
+        if heading:
+            if metrics:
+                yield title, metrics
+            title, metrics = heading, []
+        else:
+            metrics.append(CATALOGUE[name])
+    yield title, metrics
+
+
+def _entry(metric: Metric) -> list[str]:
+    return [
+        f"### {metric.name}",
+        "",
+        f"{metric.title[0].upper()}{metric.title[1:]}.",
+        "",
+        f"- unit: {metric.unit}",
+        f"- formula: {metric.formula}",
+        f"- healthy: {metric.healthy}",
+        f"- else: {metric.remedy}",
+        f"- source: {metric.source}",
+        "",
+    ]
+
+
+def anchor(heading: str) -> str:
+    """The fragment under which a Markdown heading is found: lower case, letters, digits, `_` and `-` only.
+
+    >>> anchor("kl/mean")
+    'klmean'
+    """
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+# ── filling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def filled(text: str) -> str:
+    """The page with every block as the program has it now."""
+
+    def fill(block: re.Match[str]) -> str:
+        return f"{block['begin']}\n{FILLERS[block['kind']](block['argument'])}\n\n{block['end']}"
+
+    return BLOCK.sub(fill, text)
+
+
+def pages() -> dict[Path, str]:
+    """Every page that holds something filled, as it should be."""
+    found = {path: path.read_text("utf-8") for path in sorted(DOCS.rglob("*.md"))}
+    return {path: filled(text) for path, text in found.items() if BLOCK.search(text)} | {
+        DOCS / "metrics.md": metrics_page()
+    }
+
+
+def outdated() -> dict[Path, str]:
+    """Those of them that are not so, with what they should hold."""
+    return {path: text for path, text in pages().items() if not path.exists() or path.read_text("utf-8") != text}
+
+
+def main() -> int:
+    """Rewrite what is out of date, or with `--check` only name it; returns the exit code."""
+    late = outdated()
+    for path, text in late.items():
+        print(f"{'out of date' if '--check' in sys.argv else 'wrote'}: {path.relative_to(DOCS.parent)}")
+        if "--check" not in sys.argv:
+            path.write_text(text, "utf-8")
+    return 1 if late and "--check" in sys.argv else 0
+
+
+def _cells(link: str, metric: Metric) -> tuple[str, ...]:
+    return link, metric.unit, metric.title, metric.healthy
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _bounds(field: FieldInfo) -> str:
+    """What is allowed: `> 0`, `0 to 1`, or the choices."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    limits = [
+        f"{sign} {getattr(limit, key)}"
+        for limit in field.metadata
+        for key, sign in signs.items()
+        if hasattr(limit, key)
+    ]
+    return ", ".join([f"`{choice}`" for choice in choices] or limits) or ("`true`, `false`" * (bool in kinds))
+
+
+def _plain(default: object) -> str:
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
