@@ -238,6 +238,17 @@ def test_each_switch_alone_changes_the_update() -> None:
         assert all((end - other).abs().max() > 1e-4 for other in ends[:i])
 
 
+@pytest.mark.parametrize("off", [(), ("gae", "whiten"), ("clip_value",), ("score_at_last_token", "gae", "whiten")])
+def test_padding_never_changes_an_update_that_has_its_mask(off: tuple[str, ...]) -> None:
+    settings = replace(Settings(minibatches=[[0, 1, 2], [3, 4, 5]]), **dict.fromkeys(off, False))
+    clean, poisonous = batch(poison=False), batch(poison=True)
+    for data in (clean, poisonous):
+        optimizer = step_with_adam(data.parameters())
+        ppo_update(data.policy, data.value_head, optimizer, data.rollout, data.rm_scores, settings)
+    for got, wanted in zip(poisonous.parameters(), clean.parameters(), strict=True):
+        assert_close(got, wanted, EXACT)
+
+
 def test_a_score_at_the_columns_end_misses_every_response_that_is_shorter() -> None:
     data, settings = batch(), Settings(whiten=False, score_at_last_token=False)
     before = estimate(data.rollout, data.rm_scores, settings)

@@ -107,7 +107,8 @@ def last_token_head(model: PreTrainedModel) -> nn.Linear | None:
         return None
     ids = probe(model)
     pad = model.config.get_text_config().pad_token_id  # the library's classifiers skip it wherever it stands
-    ids = torch.where(ids == pad, (ids + 1) % model.get_input_embeddings().weight.shape[0], ids)
+    if pad is not None:
+        ids = torch.where(ids == pad, (ids + 1) % model.get_input_embeddings().weight.shape[0], ids)
     own = head(run_backbone(model.base_model, ids))[0, :, 0].float()
     theirs = torch.cat([model(input_ids=ids[:, : end + 1]).logits[0] for end in range(ids.shape[1])]).float()
     same = bool((own - theirs).abs().mean() <= SAME_HEAD * theirs.abs().max())

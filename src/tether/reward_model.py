@@ -83,7 +83,7 @@ class Encoded:
 
     rows: Sequence[Sequence[int]]
     """Token ids, without padding."""
-    states: Sequence[Float[Tensor, "total dim"]] | None = None
+    states: Sequence[Float[Tensor, "_ dim"]] | None = None
     """The frozen trunk's states of each row, where they are known."""
 
     def __len__(self) -> int:

@@ -181,7 +181,7 @@ class Experience:
 
 
 def estimate(rollout: Rollout, rm_scores: Scores, settings: Settings) -> Experience:
-    """Scores and KL → rewards per token → returns and advantages."""
+    """Scores and KL → rewards r_t = −β·log(π_θ/π_ref) + RM·1[t = T] → returns and advantages."""
     real, everywhere = rollout.response_mask, torch.ones_like(rollout.response_mask)
     mask = real if settings.mask else everywhere
     old_logprobs, ref_logprobs = rollout.old_logprobs.where(mask, 0.0), rollout.ref_logprobs.where(mask, 0.0)
@@ -201,7 +201,7 @@ def estimate(rollout: Rollout, rm_scores: Scores, settings: Settings) -> Experie
 def ppo_update(
     policy: Module, value_head: Module, optimizer: Optimizer, rollout: Rollout, rm_scores: Scores, settings: Settings
 ) -> dict[str, float]:
-    """PPO epochs on one rollout, one optimiser step a minibatch; policy_loss and value_loss are means over steps."""
+    """L^CLIP and value fitting: epochs on one rollout, a step a minibatch. Yields both losses as means over steps."""
     experience, losses = estimate(rollout, rm_scores, settings), []
     clip, coef = (settings.value_clip_range, settings.value_coef) if settings.clip_value else (None, 0.5)
     minibatches = settings.minibatches if settings.minibatches and settings.split_batch else [range(len(rm_scores))]
@@ -226,7 +226,7 @@ def ppo_update(
 # ── §5 the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
 LINE = "step {step:03d} reward={reward:+.2f} kl={kl:.3f} policy_loss={policy_loss:+.3f} value_loss={value_loss:.2f}"
 COLUMNS = ("reward", "kl", "explained_variance", "score_on_padding", "padding_in_losses")
-LISTING: dict[str, Any] = {field.name: False for field in fields(Simplifications)}
+LISTING: dict[str, Any] = {field.name: False for field in fields(Simplifications)}  # the lesson's, as it stands
 
 
 def train(sft_checkpoint: Model, reward_model: Model, settings: Settings, steps: int = 60, seed: int = 0) -> Progress:
