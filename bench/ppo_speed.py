@@ -147,6 +147,12 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The source that was measured; `-dirty` where files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def _proc(name: str) -> list[str]:
     path = Path("/proc") / name
     return path.read_text("utf-8").splitlines() if path.is_file() else []
@@ -203,6 +209,7 @@ def keep(
     facts = {
         "command": " ".join(["python", "bench/ppo_speed.py", *given]),
         "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit(),
         "machine": machine(knobs.device),
         "load_averages": [one.load for one in rounds],
         "versions": versions,

@@ -141,7 +141,7 @@ def page(summaries: Sequence[Summary], facts: Mapping[str, Any]) -> str:
     loads = ", ".join(f"{load:.1f}" for load in facts["load_averages"])
     return f"""# One PPO update on {here["accelerator"] or here["processor"]}
 
-`{facts["command"]}`, {facts["date"]}
+`{facts["command"]}`, {facts["date"]}, commit {facts["commit"]}
 
 {here["cores"]} cores, {facts["workload"]["threads"]} threads a process, {here["memory_gib"]} GiB of memory.
 Load average before each round: {loads}.

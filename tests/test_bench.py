@@ -137,13 +137,16 @@ def test_targets_are_judged_as_they_stand() -> None:
 
 def test_the_page_says_where_and_how_it_was_measured() -> None:
     facts = {
-        "command": "python bench/ppo_speed.py", "date": "2000-01-02", "load_averages": [1.0, 2.5],
+        "command": "python bench/ppo_speed.py", "date": "2000-01-02", "commit": "abc123", "load_averages": [1.0, 2.5],
         "machine": {"processor": "Abacus", "accelerator": None, "cores": 2, "memory_gib": 23.5},
         "workload": {"threads": 2},
         "rates": {"bf16_flops": 1.5e12, "fp32_flops": 4e11, "read_bytes": 26e9},
     }  # fmt: skip
     text = page(summarise(ROUNDS, {}), facts)
-    assert all(part in text for part in ("Abacus", "python bench/ppo_speed.py", "2000-01-02", "1.0, 2.5", "26.0 GB/s"))
+    assert all(
+        part in text
+        for part in ("Abacus", "python bench/ppo_speed.py", "2000-01-02", "abc123", "1.0, 2.5", "26.0 GB/s")
+    )
 
 
 def test_prompts_never_hold_the_padding_token_and_repeat_with_their_seed() -> None:

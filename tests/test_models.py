@@ -26,7 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tether import models
+from tether import states
 from tether.batch import Evaluation, Sequences
 from tether.config import UpdateSettings
 from tether.errors import ModelError
@@ -156,7 +156,7 @@ def test_a_batch_too_large_for_one_pass_is_the_same_in_parts(monkeypatch: pytest
     sequences = policy.prepare(ragged_sequences())
     with torch.no_grad():
         whole, whole_reference = policy.evaluate(sequences, 1.0), policy.evaluate_reference(sequences, 1.0)
-        monkeypatch.setattr(models, "TOKENS_AT_ONCE", 2 * sequences.ids.shape[1])
+        monkeypatch.setattr(states, "TOKENS_AT_ONCE", 2 * sequences.ids.shape[1])
         parts, parts_reference = policy.evaluate(sequences, 1.0), policy.evaluate_reference(sequences, 1.0)
     assert_close(parts.logprobs, whole.logprobs, ROUND_OFF)
     assert_close(parts.values, whole.values, ROUND_OFF)

@@ -51,6 +51,7 @@ def test_the_tokenizer_survives_saving_and_gives_every_text_back(
         assert words(loaded.decode(ids)) == words(line)
     assert [loaded.decode(loaded(prompt)["input_ids"]) for prompt in table()] == list(table())
     assert loaded("fox quark").input_ids[1] == loaded.unk_token_id
+    assert loaded("The FOX is red .").input_ids == loaded("the fox is red.").input_ids
 
 
 def test_padding_end_start_and_unknown_are_four_tokens(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,21 +11,15 @@ top-k, top-p, penalty or minimum length. Knows no mode, reference or value. Read
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from tether.attention import roomy_cache
 from tether.batch import Generation, Prompts
 from tether.errors import NonFiniteError
+from tether.feeding import CachedText, Recorder, Text, WholeText, listening
 from tether.heads import OutputHead
 from tether.packing import PackedLinears
 
@@ -76,95 +70,52 @@ def _at_quantile(
     return chosen.squeeze(-1), within.clamp(0.0, 1.0).squeeze(-1)
 
 
-@dataclass
-class _Rows:
-    """The rows still being written, and what the model needs to go on with them."""
-
-    index: Int[Tensor, "rows"]
-    """Where each stands in the batch."""
-    open: Bool[Tensor, "rows"]
-    """False once the row has ended, until it is dropped."""
-    mask: Bool[Tensor, "rows width"]
-    """Real tokens of the prompt, then True for every place a response may fill."""
-    positions: Int[Tensor, "rows"]
-    """Position of the next token to be fed."""
-    cache: DynamicCache
-    padded: bool
-    """Whether any prompt is padded; without padding no mask is needed."""
-
-    def shrink(self, tokens: Int[Tensor, "rows"]) -> Int[Tensor, "rows_left"]:
-        """Drop the rows that have ended, once there are enough of them to pay for the copy."""
-        if int(self.open.sum()) >= (1.0 - SHRINK_AT) * len(self.open):
-            return tokens
-        keep = self.open.nonzero().squeeze(1)
-        self.cache.reorder_cache(keep)
-        self.index, self.mask, self.positions = self.index[keep], self.mask[keep], self.positions[keep]
-        self.open = self.open[keep]
-        return tokens[keep]
-
-
 class _Draft:
-    """The responses of a batch as they are written, right-padded."""
+    """The responses of a batch as they are written, right-padded, and the rows that are still written on."""
 
     def __init__(self, uniforms: Float[Tensor, "batch response"]) -> None:
         self.responses = torch.zeros_like(uniforms, dtype=torch.long)
         self.mask = torch.zeros_like(uniforms, dtype=torch.bool)
         self.logprobs = torch.zeros_like(uniforms, dtype=torch.float32)
         self.finished = torch.zeros_like(self.mask[:, 0])
+        self.rows = torch.arange(len(uniforms), device=uniforms.device)
+        self.open = torch.ones_like(self.finished)
+        """For each of `rows`: False once it has ended, until it is dropped."""
 
-    def write(self, t: int, rows: _Rows, tokens: Tensor, logprobs: Tensor, stops: Tensor) -> None:
+    def write(
+        self, t: int, tokens: Int[Tensor, "rows"], logprobs: Float[Tensor, "rows"], stops: Int[Tensor, "stops"]
+    ) -> None:
         """Put down one token a row that is still open, and close the rows whose token is a stop."""
-        self.responses[rows.index, t] = torch.where(rows.open, tokens, 0)
-        self.logprobs[rows.index, t] = torch.where(rows.open, logprobs.float(), 0.0)
-        self.mask[rows.index, t] = rows.open
-        ended = rows.open & torch.isin(tokens, stops)
-        self.finished[rows.index] |= ended
-        rows.open = rows.open & ~ended
+        self.responses[self.rows, t] = torch.where(self.open, tokens, 0)
+        self.logprobs[self.rows, t] = torch.where(self.open, logprobs.float(), 0.0)
+        self.mask[self.rows, t] = self.open
+        ended = self.open & torch.isin(tokens, stops)
+        self.finished[self.rows] |= ended
+        self.open = self.open & ~ended
 
-
-class Recorder:
-    """Keeps what one layer receives while the sampler runs, laid out as `Sequences`: the states of a frozen trunk."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-        self._inputs: Tensor | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        hook = self._layer.register_forward_pre_hook(self._note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-            self._inputs = None
-
-    def start(self, mask: Bool[Tensor, "batch prompt"], inverse: Int[Tensor, "batch"], width: int) -> None:
-        """Lay out the states of the prompts just run, with room for `width` tokens more."""
-        prompts = self._take()[inverse]
-        self.states = prompts.new_zeros(len(mask), mask.shape[1] + width, prompts.shape[2])
-        places = torch.arange(self.states.shape[1], device=mask.device) < mask.sum(dim=1, keepdim=True)
-        self.states[places] = prompts[mask]
-
-    def add(self, rows: _Rows) -> None:
-        """Put the states of the tokens just fed in their places."""
-        self.states[rows.index, rows.positions] = self._take()[:, 0]
-
-    def _note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inputs = args[0] if args else kwargs["hidden_states"]
-
-    def _take(self) -> Tensor:
-        assert self._inputs is not None, "the recorded layer did not run"
-        return self._inputs
+    def shrink(self) -> Int[Tensor, "rows_left"] | None:
+        """Drop the rows that have ended, once there are enough to pay for the copy; which of the rows stay, or None."""
+        if int(self.open.sum()) >= (1.0 - SHRINK_AT) * len(self.open):
+            return None
+        kept = self.open.nonzero().squeeze(1)
+        self.rows, self.open = self.rows[kept], self.open[kept]
+        return kept
 
 
 class Sampler:
     """Draws responses from a backbone and a head that share the policy's weights as they stand."""
 
     def __init__(
-        self, backbone: PreTrainedModel, head: OutputHead, stops: tuple[int, ...], recorder: Recorder | None = None
+        self,
+        backbone: PreTrainedModel,
+        head: OutputHead,
+        stops: tuple[int, ...],
+        *,
+        cached: bool = True,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.backbone, self.head, self.stops, self.recorder = backbone, head, stops, recorder
-        self.takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
+        self.backbone, self.head, self.stops, self.cached = backbone, head, stops, cached
+        self.recorder = recorder if cached else None
         self._packed = PackedLinears(backbone, head.linear)
 
     def sample(
@@ -174,9 +125,7 @@ class Sampler:
         home, device = prompts.ids.device, self.head.linear.weight.device
         ids, mask, draws = (tensor.to(device) for tensor in (prompts.ids, prompts.mask, uniforms))
         size = max(1, TOKENS_AT_ONCE // (prompts.ids.shape[1] + uniforms.shape[1]))
-        with torch.inference_mode(), self._packed.in_use(*uniforms.shape), ExitStack() as stack:
-            if self.recorder is not None:
-                stack.enter_context(self.recorder.listening())
+        with torch.inference_mode(), self._packed.in_use(*uniforms.shape), listening(self.recorder):
             turns = [
                 self._write(ids[rows], mask[rows], draws[rows], temperature)
                 for rows in (slice(first, first + size) for first in range(0, len(prompts), size))
@@ -190,51 +139,22 @@ class Sampler:
         self, ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
     ) -> tuple[_Draft, Tensor | None]:
         """The responses of one batch, and the states heard."""
-        rows, hidden = self._prefill(ids, prompt_mask, uniforms.shape[1])
-        draft, stops = _Draft(uniforms), torch.tensor(self.stops, device=ids.device)
-        for t in range(uniforms.shape[1]):
-            tokens, logprobs = draw(self.head.logits(hidden), uniforms[rows.index, t], temperature)
-            draft.write(t, rows, tokens, logprobs, stops)
-            if t + 1 == uniforms.shape[1] or not bool(rows.open.any()):
-                break
-            hidden = self._step(rows, rows.shrink(tokens))
-        return draft, None if self.recorder is None else self.recorder.states
-
-    def _prefill(self, ids: Tensor, mask: Tensor, width: int) -> tuple[_Rows, Float[Tensor, "rows dim"]]:
-        """Run each distinct prompt once; then one row a response, several rows sharing a prompt's cache by copy."""
-        distinct, inverse = torch.unique(torch.where(mask, ids, -1), dim=0, return_inverse=True)
-        real = distinct >= 0
-        cache = roomy_cache(self.backbone.config, ids.shape[1] + width)
-        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-        padded = not bool(real.all())
-        hidden = self._forward(distinct.clamp(min=0), real if padded else None, positions, cache)[:, -1]
-        cache.reorder_cache(inverse)
-        if self.recorder is not None:
-            self.recorder.start(mask, inverse, width)
-        room = torch.ones(len(ids), width, dtype=torch.bool, device=ids.device)
-        rows = _Rows(
-            index=torch.arange(len(ids), device=ids.device),
-            open=torch.ones(len(ids), dtype=torch.bool, device=ids.device),
-            mask=torch.cat([mask, room], dim=1),
-            positions=mask.sum(dim=1),
-            cache=cache,
-            padded=padded,
+        width = uniforms.shape[1]
+        text: Text = (
+            CachedText(self.backbone, ids, prompt_mask, width, self.recorder)
+            if self.cached
+            else WholeText(self.backbone, ids, prompt_mask, width)
         )
-        return rows, hidden[inverse]
-
-    def _step(self, rows: _Rows, tokens: Int[Tensor, "rows"]) -> Float[Tensor, "rows dim"]:
-        """Feed one token a row; the hidden state that predicts the next."""
-        seen = rows.cache.get_seq_length() + 1
-        mask = rows.mask[:, :seen] if rows.padded else None
-        hidden = self._forward(tokens.unsqueeze(1), mask, rows.positions.unsqueeze(1), rows.cache)
-        if self.recorder is not None:
-            self.recorder.add(rows)
-        rows.positions = rows.positions + 1
-        return hidden[:, 0]
-
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
-        extra = {"position_ids": positions} if self.takes_positions else {}
-        hidden: Tensor = self.backbone(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
-        ).last_hidden_state
-        return hidden
+        draft, stops = _Draft(uniforms), torch.tensor(self.stops, device=ids.device)
+        for t in range(width):
+            tokens, logprobs = draw(self.head.logits(text.hidden), uniforms[draft.rows, t], temperature)
+            draft.write(t, tokens, logprobs, stops)
+            last = t + 1 == width or not bool(draft.open.any())
+            if not last and (kept := draft.shrink()) is not None:
+                text.keep(kept)
+                tokens = tokens[kept]
+            if not last or self.recorder is not None:  # a response cut at the width has a last token to record too
+                text.feed(tokens)
+            if last:
+                break
+        return draft, None if self.recorder is None else self.recorder.states

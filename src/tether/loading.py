@@ -27,14 +27,14 @@ from transformers import (
 from tether.attention import GROUPED
 from tether.errors import ModelError
 from tether.heads import OutputHead
-from tether.trunk import run_backbone
+from tether.trunk import agree, run_backbone
 
 Source: TypeAlias = str | Path | PreTrainedModel
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 SMALL = 10_000_000  # parameters; below, dispatch costs more than arithmetic and bf16 gains nothing
 PROBE_LENGTH = 6
-AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative round-off of one forward pass
+AGREEMENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative round-off of one pass, its steps in the same order
 
 
 def load_causal_lm(source: Source, precision: Precision, device: torch.device) -> PreTrainedModel:
@@ -88,13 +88,14 @@ def choose_attention(model: PreTrainedModel) -> None:
     if model.device.type != "cpu":
         return
     ids, tolerance = probe(model), AGREEMENT[next(model.parameters()).dtype]
-    model.set_attn_implementation("eager")
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
     if not model._supports_attention_backend:
-        return
+        return  # the form is written into the layers
     own = run_backbone(model.base_model, ids)
     model.set_attn_implementation(GROUPED)
     try:
-        same = _agree(run_backbone(model.base_model, ids), own, tolerance)
+        same = agree(run_backbone(model.base_model, ids), own, tolerance)
     except ModelError:
         same = False
     if not same:
@@ -129,12 +130,12 @@ def check_causal_lm(model: PreTrainedModel) -> None:
         hidden = run_backbone(model.base_model, ids)
         other = ids.clone()
         other[:, -1] = (ids[:, -1] + 1) % head.linear.out_features
-        if not _agree(hidden[:, :-1], run_backbone(model.base_model, other)[:, :-1], tolerance):
+        if not agree(hidden[:, :-1], run_backbone(model.base_model, other)[:, :-1], tolerance):
             raise ModelError(
                 f"{type(model).__name__} is no causal LM: a later token changes the states of earlier ones; "
                 "wanted a decoder (for BERT-like models that would be is_decoder=True)"
             )
-        if not _agree(head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0], tolerance):
+        if not agree(head.logits(hidden[0]), model(input_ids=ids, use_cache=False).logits[0], tolerance):
             raise ModelError(
                 f"{type(model).__name__} transforms its logits in a way that tether does not know; "
                 "wanted scale·(W h + b), with a soft cap or without"
@@ -211,8 +212,3 @@ def _architectures(config: PreTrainedConfig) -> list[str]:
 def _count_parameters(config: PreTrainedConfig) -> int:
     with torch.device("meta"):
         return int(AutoModelForCausalLM.from_config(config).num_parameters())
-
-
-def _agree(left: Tensor, right: Tensor, tolerance: float) -> bool:
-    scale = float(right.abs().max()) or 1.0
-    return float((left.float() - right.float()).abs().max()) <= tolerance * scale

@@ -13,10 +13,7 @@ of the sequences given. Knows no loss and no optimiser. Read next: `modes.py`, `
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.batch import Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences
-from tether.decode import Recorder, Sampler
+from tether.decode import Sampler
 from tether.errors import InputError, ModelError
+from tether.feeding import Recorder, understands_cache
 from tether.heads import ValueHead, reference_logprobs, selected_logprobs
 from tether.loading import (
     Precision,
@@ -37,12 +35,14 @@ from tether.loading import (
     load_backbone,
     load_causal_lm,
     load_tokenizer,
+    probe,
     stop_tokens,
 )
 from tether.modes import FullMode, LoraMode, Mode, OtherReference, TopMode
+from tether.states import Heard, Remembered, gather, lay_out, parts_of
 from tether.trunk import run_backbone
 
-TOKENS_AT_ONCE = 8192  # padded positions of one forward pass without gradients
+CACHE_AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative, over all layers, steps in another order
 VALUE_HEAD_FILE = "value_head.safetensors"
 VALUE_MODEL_FOLDER = "value_model"
 
@@ -89,11 +89,16 @@ class LanguagePolicy:
     def __init__(self, mode: Mode, value: ValueFunction, tokenizer: PreTrainedTokenizerBase) -> None:
         self.mode, self.value, self.tokenizer = mode, value, tokenizer
         self._context = context_length(mode.model)
-        recorder = None if mode.trunk_end is None else Recorder(mode.trunk_end)
-        self._sampler = Sampler(mode.model.base_model, mode.head, stop_tokens(mode.model, tokenizer), recorder)
-        self._heard: _Heard | None = None
+        self._sampler = Sampler(
+            mode.model.base_model,
+            mode.head,
+            stop_tokens(mode.model, tokenizer),
+            cached=understands_cache(mode.model.base_model, probe(mode.model), CACHE_AGREEMENT[mode.model.dtype]),
+            recorder=None if mode.trunk_end is None else Recorder(mode.trunk_end),
+        )
+        self._heard: Heard | None = None
         self._trained = mode.trained()
-        self._last = _Remembered()
+        self._last = Remembered()
 
     @property
     def device(self) -> torch.device:
@@ -114,11 +119,13 @@ class LanguagePolicy:
         """Sample one response a prompt, token t of row b by the inverse CDF at `uniforms[b, t]`.
 
         A response ends by EOS, which belongs to it, or at the width of `uniforms`. The same uniforms give the same
-        responses, whatever else stands in the batch. Raises InputError where a prompt is empty or leaves no room.
+        responses, whatever else stands in the batch. Raises InputError where a prompt is empty or leaves no room, and
+        NonFiniteError where the policy has diverged.
         """
+        _check_temperature(temperature)
         self._check_room(prompts.lengths, uniforms.shape[1])
         generation, states = self._sampler.sample(prompts, uniforms, temperature)
-        self._heard = None if states is None else _Heard(Sequences.join(prompts, generation, self.pad), states)
+        self._heard = None if states is None else Heard(Sequences.join(prompts, generation, self.pad), states)
         return generation
 
     def prepare(self, sequences: Sequences) -> Sequences:
@@ -133,17 +140,19 @@ class LanguagePolicy:
 
     def evaluate(self, sequences: Sequences, temperature: float) -> Evaluation:
         """log-probabilities, values and entropies of the responses under the policy as it stands."""
+        _check_temperature(temperature)
         hidden = self._response_hidden(sequences, self.mode.states)
         if not hidden.requires_grad:
             self._last.keep(sequences, self._trained, hidden)
         tokens = sequences.responses[sequences.response_mask].to(hidden.device)
         logprobs, entropy = selected_logprobs(self.mode.head, hidden, tokens, temperature)
         values = self.value(sequences, hidden, self._response_hidden)
-        return Evaluation(*(_lay_out(flat, sequences.response_mask) for flat in (logprobs, values, entropy)))
+        return Evaluation(*(lay_out(flat, sequences.response_mask) for flat in (logprobs, values, entropy)))
 
     @torch.no_grad()
     def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
         """The same responses under the frozen reference, and the full-vocabulary KL to it."""
+        _check_temperature(temperature)
         hidden = self._last.recall(sequences, self._trained)
         if hidden is None:
             hidden = self._response_hidden(sequences, self.mode.states)
@@ -152,7 +161,7 @@ class LanguagePolicy:
         logprobs, divergence = reference_logprobs(
             self.mode.head, self.mode.reference_head, hidden, reference_hidden, tokens, temperature
         )
-        return ReferenceEvaluation(*(_lay_out(flat, sequences.response_mask) for flat in (logprobs, divergence)))
+        return ReferenceEvaluation(*(lay_out(flat, sequences.response_mask) for flat in (logprobs, divergence)))
 
     def decode(self, responses: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> list[str]:
         """The responses as text, special tokens left out."""
@@ -169,20 +178,15 @@ class LanguagePolicy:
         Mode `lora` writes its adapters, or with `merged=True` the whole model with the adapters folded in. The value
         function goes beside it: `value_head.safetensors`, and `value_model/` where it is a model of its own.
         """
-        if isinstance(self.mode, LoraMode) and merged:
-            copy.deepcopy(self.mode.adapters).merge_and_unload().save_pretrained(folder)
-        elif isinstance(self.mode, LoraMode):
-            self.mode.adapters.save_pretrained(folder)
-        else:
-            self.mode.model.save_pretrained(folder)
+        self.mode.save(Path(folder), merged)
         self.tokenizer.save_pretrained(folder)
         self.value.save(Path(folder))
 
     def _response_hidden(self, sequences: Sequences, run: Callable[[Sequences], Tensor]) -> Float[Tensor, "tokens dim"]:
         """The states that predict the real response tokens, rows one after the other."""
         if torch.is_grad_enabled():
-            return _gather(sequences, run(sequences))
-        return torch.cat([_gather(part, run(part)) for part in _parts(sequences)])
+            return gather(sequences, run(sequences))
+        return torch.cat([gather(part, run(part)) for part in parts_of(sequences)])
 
     def _check_room(self, lengths: Int[Tensor, "batch"], width: int) -> None:
         if int(lengths.min()) < 1:
@@ -233,71 +237,13 @@ class ValueFunction(nn.Module):
             self.backbone.save_pretrained(folder / VALUE_MODEL_FOLDER)
 
 
-@dataclass(frozen=True)
-class _Heard:
-    """The states of a frozen trunk that the sampler went through, and the tokens they belong to."""
-
-    sequences: Sequences
-    states: Float[Tensor, "batch room dim"]
-
-    def states_of(self, sequences: Sequences) -> Float[Tensor, "batch total dim"] | None:
-        """The states, where these are the same tokens; else None. The last token of a row was never fed: 0 there."""
-        known = self.sequences
-        same = (
-            torch.equal(known.prompt_lengths, sequences.prompt_lengths)
-            and torch.equal(known.response_lengths, sequences.response_lengths)
-            and known.ids.shape == sequences.ids.shape
-            and torch.equal(known.ids[known.mask], sequences.ids[known.mask])
-        )
-        return self.states[:, : known.ids.shape[1]].clone() if same else None
-
-
-class _Remembered:
-    """The policy's states from the pass before, good while neither the sequences nor a weight have changed."""
-
-    def __init__(self) -> None:
-        self._sequences: weakref.ref[Sequences] | None = None
-        self._versions: list[int] = []
-        self._hidden: Tensor | None = None
-
-    def keep(self, sequences: Sequences, weights: Sequence[Tensor], hidden: Tensor) -> None:
-        self._sequences, self._hidden = weakref.ref(sequences), hidden
-        self._versions = [weight._version for weight in weights]
-
-    def recall(self, sequences: Sequences, weights: Sequence[Tensor]) -> Tensor | None:
-        """The states kept, once; None where they are of other sequences or other weights."""
-        known, hidden = self._sequences, self._hidden
-        self._sequences = self._hidden = None
-        if known is None or known() is not sequences or self._versions != [weight._version for weight in weights]:
-            return None
-        return hidden
-
-
-def _gather(sequences: Sequences, hidden: Float[Tensor, "batch total dim"]) -> Float[Tensor, "tokens dim"]:
-    """The states one place before each real response token."""
-    places = sequences.response_positions - 1 + torch.arange(len(sequences))[:, None] * hidden.shape[1]
-    chosen = places[sequences.response_mask].to(hidden.device)
-    return hidden.flatten(0, 1).index_select(0, chosen)
-
-
-def _lay_out(flat: Float[Tensor, "tokens"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
-    """One number a real token → [batch, response], 0 where masked."""
-    empty = torch.zeros(mask.shape, dtype=flat.dtype, device=mask.device)
-    return empty.masked_scatter(mask, flat.to(mask.device))
-
-
-def _parts(sequences: Sequences) -> Iterator[Sequences]:
-    """Runs of rows that fit into one pass without gradients; policy and reference see the same ones."""
-    size = max(1, TOKENS_AT_ONCE // sequences.ids.shape[1])
-    if size >= len(sequences):
-        yield sequences
-        return
-    for index in torch.split(torch.arange(len(sequences)), size):
-        yield sequences.rows(index)
-
-
 def _storages(tensors: Sequence[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise InputError(f"temperature is {temperature}; wanted a number above 0 (greedy decoding has no policy ratio)")
 
 
 def _build_mode(
@@ -319,6 +265,16 @@ def _load_reference(source: Source, dtype: Precision, model: PreTrainedModel, de
     return reference
 
 
+def _read_value_head(folder: Source) -> dict[str, Tensor]:
+    file = Path(str(folder)) / VALUE_HEAD_FILE
+    if isinstance(folder, PreTrainedModel) or not file.is_file():
+        raise ModelError(
+            f"value_source has no {VALUE_HEAD_FILE}; wanted a folder that save_pretrained of a policy wrote "
+            "(or value='model' for a value model of its own)"
+        )
+    return dict(load_file(file))
+
+
 def _value_function(
     kind: str, value_source: Source | None, source: Source, model: PreTrainedModel, device: torch.device
 ) -> ValueFunction:
@@ -327,7 +283,7 @@ def _value_function(
     if kind == "head":
         value = ValueFunction(model.get_output_embeddings().in_features)
         if value_source is not None:
-            value.head.linear.load_state_dict(load_file(Path(str(value_source)) / VALUE_HEAD_FILE))
+            value.head.linear.load_state_dict(_read_value_head(value_source))
         return value.to(device)
     backbone, score = load_backbone(source if value_source is None else value_source, model.dtype, device)
     backbone.requires_grad_(True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -55,6 +56,9 @@ class Mode(Protocol):
     def reference(self) -> list[Tensor]:
         """Every weight that the reference is computed from."""
 
+    def save(self, folder: Path, merged: bool) -> None:
+        """Write the policy's weights; `merged` folds adapters into them."""
+
 
 class FullMode:
     """All weights train. Also the form of any policy whose reference is a model of its own."""
@@ -82,6 +86,9 @@ class FullMode:
     def reference(self) -> list[Tensor]:
         return list(self._reference.parameters())
 
+    def save(self, folder: Path, merged: bool) -> None:  # noqa: ARG002
+        self.model.save_pretrained(folder)
+
 
 class LoraMode:
     """Adapters train; the model is changed in place to carry them."""
@@ -98,9 +105,12 @@ class LoraMode:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers by an old name
             torch.manual_seed(LORA_SEED)
-            self.adapters: PeftModel = get_peft_model(
-                model, config or default_lora(model, rank), autocast_adapter_dtype=False
-            )
+            try:
+                self.adapters: PeftModel = get_peft_model(
+                    model, config or default_lora(model, rank), autocast_adapter_dtype=False
+                )
+            except ValueError as fault:
+                raise ModelError(f"PEFT cannot adapt {type(model).__name__}: {fault}; pass peft_config=") from fault
         self.adapters.eval()
         self.model = model
         self.head = self.reference_head = OutputHead.of(model)
@@ -122,6 +132,9 @@ class LoraMode:
 
     def reference(self) -> list[Tensor]:
         return [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
+
+    def save(self, folder: Path, merged: bool) -> None:
+        (copy.deepcopy(self.adapters).merge_and_unload() if merged else self.adapters).save_pretrained(folder)
 
 
 class TopMode:
@@ -158,6 +171,9 @@ class TopMode:
         originals = [parameter for module in self._split.originals for parameter in module.parameters()]
         return originals + [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
 
+    def save(self, folder: Path, merged: bool) -> None:  # noqa: ARG002
+        self.model.save_pretrained(folder)
+
     def _inputs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
         ids = sequences.ids.to(self.model.device)
         return ids, self._split.states(ids) if sequences.states is None else sequences.states
@@ -169,7 +185,7 @@ class OtherReference:
     def __init__(self, mode: LoraMode | TopMode, reference: PreTrainedModel) -> None:
         self._mode, self._reference = mode, reference
         self.model, self.head, self.reference_head = mode.model, mode.head, OutputHead.of(reference)
-        self.prepare, self.states, self.trained = mode.prepare, mode.states, mode.trained
+        self.prepare, self.states, self.trained, self.save = mode.prepare, mode.states, mode.trained, mode.save
         self.trunk_end: nn.Module | None = mode.trunk_end
 
     @torch.no_grad()

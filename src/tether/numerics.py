@@ -199,7 +199,7 @@ def tethered_rewards(
     _check_rows(mask)
     _check_scores(scores, mask)
     _check_beta(beta, allow_negative_beta)
-    string = -beta * kl_k1(_clear(logprobs, mask), _clear(ref_logprobs, mask))
+    string = -beta * kl_k1(logprobs, ref_logprobs)
     carries_score = F.one_hot(_last_token(mask), mask.shape[1]).bool()
     destination = torch.where(carries_score, _precise(scores).unsqueeze(1), 0.0)
     return _clear(string, mask) + destination

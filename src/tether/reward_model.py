@@ -159,12 +159,12 @@ class RewardModel:
 
         Rows whose token ids are those of their texts start from the trunk's states that the rollout holds, if these
         are of this model's own trunk; all others go by their texts. (A sampler may draw tokens that no tokenizer would
-        write for the same text, and a score is a function of the text.)
+        write for the same text, and a score is a function of the text.) A row without states is one of zeros.
         """
         rows, sequences = self.encode(rollout.prompts.texts, rollout.texts), rollout.sequences
         if self._split is None or sequences.states is None or not self._knows(sequences):
             return self.normalise(self.score_encoded(Encoded(rows)))
-        known = [sequences.ids[index, : len(row)].tolist() == row for index, row in enumerate(rows)]
+        known = [_has_states(sequences, index, row) for index, row in enumerate(rows)]
         shared, others = ([index for index, here in enumerate(known) if here is wanted] for wanted in (True, False))
         states = [sequences.states[index, : len(rows[index])] for index in shared]
         raw = torch.empty(len(rows))
@@ -316,6 +316,13 @@ class RewardModel:
             return False
         distance = (own - theirs).norm(dim=-1) / own.norm(dim=-1)
         return bool((distance <= SAME_STATES[self.model.dtype]).all())
+
+
+def _has_states(sequences: Sequences, index: int, row: Sequence[int]) -> bool:
+    """Whether this row of the rollout begins with these tokens, and the trunk has seen the last of them."""
+    assert sequences.states is not None
+    same = sequences.ids[index, : len(row)].tolist() == row
+    return same and bool(sequences.states[index, len(row) - 1].any())
 
 
 def length_groups(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from tether.errors import ModelError
 
+SAME = 1e-3  # relative; the parts run the same steps as the whole, so the difference is 0 in practice
+
 
 def run_backbone(backbone: nn.Module, ids: Int[Tensor, "batch total"]) -> Float[Tensor, "batch total dim"]:
     """Final hidden states of right-padded rows.
@@ -29,6 +31,12 @@ def run_backbone(backbone: nn.Module, ids: Int[Tensor, "batch total"]) -> Float[
     """
     hidden: Tensor = backbone(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
+
+
+def agree(left: Tensor, right: Tensor, tolerance: float) -> bool:
+    """Whether two tensors are equal up to this share of the largest entry; never where one is not finite."""
+    scale = float(right.abs().max()) or 1.0
+    return float((left.float() - right.float()).abs().max()) <= tolerance * scale
 
 
 def decoder_layers(backbone: nn.Module, count: int) -> str:
@@ -68,6 +76,21 @@ class SplitBackbone:
         self.first_trained: nn.Module = found[cut]
         self.trained: list[nn.Module] = [*found[cut:], *tail.values()]
         self.originals: list[nn.Module] = [*frozen_top, *frozen_tail.values()]
+        self._check(backbone, probe)
+
+    @torch.no_grad()
+    def _check(self, backbone: nn.Module, probe: Int[Tensor, "batch total"]) -> None:
+        """Raise ModelError where the top needs more of the trunk than its states (keys of lower layers, say)."""
+        ids = probe.expand(2, -1)
+        try:
+            same = agree(self.frozen_top(ids, self.states(ids)), run_backbone(backbone, ids), SAME)
+        except (RuntimeError, IndexError, KeyError):
+            same = False
+        if not same:
+            raise ModelError(
+                f"the top layers of {type(backbone).__name__} do not run on the states of the layers below alone; "
+                "use mode='full' or mode='lora'"
+            )
 
     @torch.no_grad()
     def states(self, ids: Int[Tensor, "batch total"]) -> Float[Tensor, "batch total dim"]:

@@ -37,7 +37,7 @@ from mutants import MUTANTS, TESTS, Mutant
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "tether"
 TABLE = ROOT / "docs" / "mutations.md"
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 240.0
 """A mutant that takes longer than this to be judged hangs."""
 
 HEAVY = (
