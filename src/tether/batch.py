@@ -19,13 +19,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tether.errors import InputError
+
+Message: TypeAlias = Mapping[str, str]
+"""One turn of a conversation: `role` and `content`."""
+Prompt: TypeAlias = str | Sequence[Message]
+"""What people write: text, or a conversation up to the turn that the policy shall say."""
+
+
+def plain_text(prompt: Prompt) -> str:
+    """The prompt as text to show or to read: a single message is its content, a longer conversation one turn a line.
+
+    >>> plain_text([{"role": "user", "content": "2 + 2?"}])
+    '2 + 2?'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Prompts:
     """Token ids, left-padded."""
     mask: Bool[Tensor, "batch prompt"]
     """True on prompt tokens, False on the padding."""
-    texts: tuple[str, ...]
+    texts: tuple[Prompt, ...]
     """The prompts as people wrote them, before any chat template; what reward functions receive."""
     keys: tuple[int, ...]
     """One number a row that names its random stream: the prompt's place in the data, and the sample's number."""
@@ -228,7 +246,7 @@ class Reward(Protocol):
     """What scores responses: one number a response, higher is better."""
 
     def __call__(
-        self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]
+        self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]
     ) -> Iterable[float]: ...
 
 

@@ -25,7 +25,7 @@ from tether.errors import ModelError, RunError
 from tether.evaluation import BestOf, draw_best_of_n
 from tether.plots import BestOfN, Trail, moving_mean, plot_curves, plot_frontier
 from tether.records import Sample
-from tether.session import Judges, load_recipe, open_policy, prepare_process, source_of, train_run
+from tether.session import Task, load_recipe, open_policy, prepare_process, source_of, train_run
 from tether.store import RunStore
 from tether.terminal import console_for_output
 from tether.training import open_judges
@@ -69,13 +69,13 @@ def main(
     settings = load_recipe(place.name).with_seed(seed)
     settings = settings.with_steps(steps) if steps is not None else settings
     out = out or Path("demo" if place.name == "smollm2" else f"demo-{place.name}")
-    judges = open_judges(place, settings, console)
+    task = Task.of_world(place, settings, open_judges(place, settings, console))
     loose = settings.with_beta(0.0)
     folders = {
-        STRING: finished_run(place, settings, judges, out / "runs", STRING, console),
-        NO_STRING: finished_run(place, loose, judges, out / "runs", NO_STRING, console),
+        STRING: finished_run(task, settings, out / "runs", STRING, console),
+        NO_STRING: finished_run(task, loose, out / "runs", NO_STRING, console),
     }
-    best_of = best_of_reference(place, settings, judges, out / "best_of_n.json", console)
+    best_of = best_of_reference(task, settings, out / "best_of_n.json", console)
     outcome = Outcome({name: RunStore.open(folder) for name, folder in folders.items()}, best_of, settings)
     pictures = [draw_curves(outcome, out), draw_frontier(outcome, out), write_samples(outcome, out)]
     if json:
@@ -95,7 +95,7 @@ def _open_or_fall_back(name: WorldName, console: Console) -> World:
         return open_world("nano")
 
 
-def finished_run(world: World, settings: RunSettings, judges: Judges, root: Path, name: str, console: Console) -> Path:
+def finished_run(task: Task, settings: RunSettings, root: Path, name: str, console: Console) -> Path:
     """The folder of a finished run with these settings: the one that is there, or a new one.
 
     A run that is there but was stopped, or had other settings, is kept under another name.
@@ -108,7 +108,7 @@ def finished_run(world: World, settings: RunSettings, judges: Judges, root: Path
         aside = next(kept for n in range(1, 10_000) if not (kept := root / f"{name}.kept-{n}").exists())
         folder.rename(aside)
         console.print(f"{name}: what was there is kept as {aside}", soft_wrap=True)
-    return train_run(world, settings, judges, root, name, console)
+    return train_run(task, settings, root, name, console)
 
 
 def is_finished(folder: Path, settings: RunSettings) -> bool:
@@ -121,28 +121,26 @@ def is_finished(folder: Path, settings: RunSettings) -> bool:
         return False
 
 
-def best_of_reference(
-    world: World, settings: RunSettings, judges: Judges, path: Path, console: Console
-) -> list[BestOf]:
+def best_of_reference(task: Task, settings: RunSettings, path: Path, console: Console) -> list[BestOf]:
     """Best-of-n from the reference, the baseline that needs no training; kept in `path`."""
     if path.is_file():
         kept = jsonlib.loads(path.read_text("utf-8"))
         if kept["settings"] == settings.dump():
             return [BestOf(**entry) for entry in kept["best_of"]]
-    policy = open_policy(world, settings)
-    prompts = world.heldout_prompts[: settings.evaluation.best_of_prompts]
+    policy = open_policy(task.model, settings)
+    prompts = task.heldout.first(settings.evaluation.best_of_prompts)
     source = source_of(prompts, policy, settings, 1, max(settings.evaluation.best_of))
     ns, knobs = settings.evaluation.best_of, settings.ppo
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(f"best of {max(ns)} from the reference", total=len(prompts))
+        bar = progress.add_task(f"best of {max(ns)} from the reference", total=len(prompts))
         best_of = draw_best_of_n(
             policy,
             source,
-            judges.all,
+            task.judges.all,
             knobs.sampling,
             ns,
             knobs.seed,
-            lambda done: progress.update(task, completed=done),
+            lambda done: progress.update(bar, completed=done),
         )
     entries = [{"n": best.n, "score": best.score, "gold": best.gold} for best in best_of]
     path.write_text(jsonlib.dumps({"settings": settings.dump(), "best_of": entries}), "utf-8")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tether.batch import Policy, Reward, Rollout
+from tether.batch import Policy, Prompt, Reward, Rollout
 from tether.config import SamplingSettings
 from tether.prompts import PromptSource
 from tether.rollouts import distinct_2, sample
@@ -34,7 +34,7 @@ class Judged:
     """By judge; `score` is the reward that is optimised."""
 
     @property
-    def prompts(self) -> tuple[str, ...]:
+    def prompts(self) -> tuple[Prompt, ...]:
         return tuple(text for rollout in self.rollouts for text in rollout.prompts.texts)
 
     @property

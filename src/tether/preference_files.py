@@ -13,13 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
 
+from tether.batch import Message, Prompt
 from tether.errors import InputError
 from tether.preferences import Pairs
-from tether.reward_model import Prompt
 
-Message: TypeAlias = Mapping[str, str]
 GOLD = ("chosen_gold", "rejected_gold")
 
 

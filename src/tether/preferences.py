@@ -19,11 +19,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from tether.batch import Policy, Reward, check_rows
+from tether.batch import Policy, Prompt, Reward, check_rows
 from tether.config import SamplingSettings
 from tether.errors import InputError, NonFiniteError
 from tether.prompts import PromptSource
-from tether.reward_model import Prompt
 from tether.streams import permutation, stream, uniforms
 
 Entry = TypeVar("Entry")
@@ -176,7 +175,7 @@ def halves(pairs: int, seed: int) -> tuple[list[int], list[int]]:
 
 def _sampled_twice(
     policy: Policy, prompts: PromptSource, gold: Reward, settings: SamplingSettings, seed: int
-) -> Iterator[tuple[str, str, str, float, float]]:
+) -> Iterator[tuple[Prompt, str, str, float, float]]:
     """Prompt, two different responses to it and their gold scores, without end."""
     source = replace(prompts, samples_per_prompt=2)
     barren = 0
@@ -208,7 +207,7 @@ def _some(column: tuple[Entry, ...], places: Sequence[int]) -> tuple[Entry, ...]
 
 
 def _gold_scores(
-    gold: Reward, prompts: Sequence[str], texts: Sequence[str], columns: Mapping[str, tuple[object, ...]]
+    gold: Reward, prompts: Sequence[Prompt], texts: Sequence[str], columns: Mapping[str, tuple[object, ...]]
 ) -> list[float]:
     scores = [float(number) for number in gold(prompts, texts, **columns)]
     check_rows("the gold scorer", len(scores), len(texts))

@@ -13,16 +13,31 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tether.batch import Prompts
+from tether.batch import Message, Prompt, Prompts, plain_text
 from tether.errors import InputError
 from tether.streams import permutation
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts as people wrote them, with the further columns of their data set."""
+
+    prompts: tuple[Prompt, ...]
+    columns: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def first(self, count: int) -> PromptSet:
+        """The first `count` of them."""
+        return PromptSet(self.prompts[:count], {name: column[:count] for name, column in self.columns.items()})
 
 
 @dataclass(frozen=True)
 class PromptSource:
     """Tokenised prompts in a seeded order."""
 
-    texts: tuple[str, ...]
+    texts: tuple[Prompt, ...]
     ids: tuple[tuple[int, ...], ...]
     """Token ids of each prompt, without padding, chat template applied."""
     prompts_per_batch: int
@@ -59,14 +74,19 @@ def _order_of_pass(seed: int, size: int, number: int) -> list[int]:
 
 
 def encode(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, chat: bool | None = None, max_tokens: int | None = None
+    texts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each prompt, as one user turn of the tokenizer's chat template, or plain where it has none.
+    """Token ids of each prompt by the tokenizer's chat template, text being one user turn; plain where it has none.
 
     `chat`: True wants the template, False leaves it out, None uses it where there is one.
     `max_tokens`: the longest prompt that leaves room for a response.
 
-    Raises InputError where a prompt is too long, naming the row, or where a template is asked for and there is none.
+    Raises InputError where a prompt is too long, naming the row, or where a template is asked for, or a
+    prompt is a conversation, and there is none.
     """
     templated = tokenizer.chat_template is not None if chat is None else chat
     if templated and tokenizer.chat_template is None:
@@ -76,15 +96,20 @@ def encode(
         if max_tokens is not None and len(tokens) > max_tokens:
             raise InputError(
                 f"prompt {row} has {len(tokens)} tokens; at most {max_tokens} leave room for the response. "
-                f"Shorten it, or lower max_new_tokens: {texts[row][:60]!r}…"
+                f"Shorten it, or lower max_new_tokens: {plain_text(texts[row])[:60]!r}…"
             )
     return tuple(encoded)
 
 
-def _encode_one(text: str, tokenizer: PreTrainedTokenizerBase, templated: bool) -> tuple[int, ...]:
+def _encode_one(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, templated: bool) -> tuple[int, ...]:
     if not templated:
-        return tuple(tokenizer(text)["input_ids"])
-    turns = [{"role": "user", "content": text}]
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"a prompt is a conversation of {len(prompt)} messages and there is no chat template to write it with; "
+                "set tokenizer.chat_template, or give prompts as text"
+            )
+        return tuple(tokenizer(prompt)["input_ids"])
+    turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
 
 

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tether.batch import Reward, Rollout
+from tether.batch import Reward, Rollout, plain_text
 from tether.records import Sample
 from tether.scores import score
 from tether.store import RunStore
@@ -59,7 +59,7 @@ def _sample(record: Record, row: int) -> Sample:
     return Sample(
         step=record.step,
         row=row,
-        prompt=rollout.prompts.texts[row],
+        prompt=plain_text(rollout.prompts.texts[row]),
         response=rollout.texts[row],
         score=float(record.scores.scores[row]),
         reward_total=float(record.rewards.rewards[row][mask].sum()),

@@ -19,7 +19,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +27,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.batch import Rollout, Sequences, check_rows
+from tether.batch import Prompt, Rollout, Sequences, check_rows
 from tether.classifiers import checked, cut, last_token_head, read_classifier
 from tether.errors import InputError, ModelError
 from tether.loading import Precision, Source, choose_attention, choose_dtype, context_length, freeze, load_tokenizer
 from tether.trunk import run_backbone
 
-Prompt: TypeAlias = str | Sequence[Mapping[str, str]]
 """What was asked: a text, or the messages of a conversation as `{"role": …, "content": …}`."""
 
 MANIFEST_FILE = "tether_reward.json"

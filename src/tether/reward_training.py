@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tether.batch import Prompt
 from tether.classifiers import new_classifier
 from tether.config import UpdateSettings
 from tether.errors import InputError, NonFiniteError
@@ -25,7 +26,7 @@ from tether.loading import Precision, Source, load_tokenizer
 from tether.numerics import bradley_terry_loss
 from tether.optimiser import Optimiser
 from tether.preferences import Pairs, halves
-from tether.reward_model import Encoded, Prompt, RewardManifest, RewardModel, length_groups
+from tether.reward_model import Encoded, RewardManifest, RewardModel, length_groups
 from tether.reward_report import RewardReport, measure
 from tether.streams import permutation
 

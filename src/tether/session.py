@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from tether import __version__
-from tether.batch import Reward
+from tether.batch import Reward, plain_text
 from tether.config import RunSettings
 from tether.errors import ConfigError
 from tether.evaluation import Judged, evaluate, summarise
+from tether.loading import Source
 from tether.models import LanguagePolicy, load_policy
-from tether.prompts import PromptSource, encode
+from tether.prompts import PromptSet, PromptSource, encode
 from tether.recording import Keeper, Screen
 from tether.records import Sample
-from tether.reward_model import RewardModel
 from tether.runtime.memory import keep_freed_memory
 from tether.store import RunStore
 from tether.trainer import Run, train
@@ -58,19 +58,31 @@ def load_recipe(name: str) -> RunSettings:
 class Judges:
     """The reward that is optimised, and those that are not."""
 
-    reward: RewardModel
-    holdout: RewardModel
-    gold: Reward
+    reward: Reward
+    unseen: Mapping[str, Reward] = field(default_factory=dict)
+    """Those that the policy never climbs, by the name that their metrics carry: `holdout`, `gold`."""
 
     @property
     def all(self) -> Mapping[str, Reward]:
         """Every judge by the name that its metrics carry."""
-        return {"score": self.reward, "holdout": self.holdout, "gold": self.gold}
+        return {"score": self.reward, **self.unseen}
 
-    @property
-    def unseen(self) -> Mapping[str, Reward]:
-        """Those that the policy never climbs."""
-        return {"holdout": self.holdout, "gold": self.gold}
+
+@dataclass(frozen=True)
+class Task:
+    """What a run is about, whether a world's own or brought by the user: from what, on what, against what."""
+
+    model: Source
+    """The SFT checkpoint: the policy's start and the reference."""
+    train: PromptSet
+    heldout: PromptSet
+    judges: Judges
+
+    @staticmethod
+    def of_world(world: World, settings: RunSettings, judges: Judges) -> Task:
+        """The world's model, or the one that the settings name, on the world's prompts."""
+        train, heldout = PromptSet(world.train_prompts), PromptSet(world.heldout_prompts)
+        return Task(settings.model.source or world.model, train, heldout, judges)
 
 
 def prepare_process() -> None:
@@ -79,11 +91,11 @@ def prepare_process() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def open_policy(world: World, settings: RunSettings) -> LanguagePolicy:
+def open_policy(source: Source, settings: RunSettings) -> LanguagePolicy:
     """The policy at its start, with its frozen reference."""
     model = settings.model
     return load_policy(
-        model.source or world.model,
+        source,
         mode=model.mode,
         top_layers=model.top_layers,
         lora_rank=model.lora_rank,
@@ -92,19 +104,19 @@ def open_policy(world: World, settings: RunSettings) -> LanguagePolicy:
 
 
 def source_of(
-    texts: tuple[str, ...], policy: LanguagePolicy, settings: RunSettings, per_batch: int, copies: int = 1
+    given: PromptSet, policy: LanguagePolicy, settings: RunSettings, per_batch: int, copies: int = 1
 ) -> PromptSource:
     """These prompts, tokenised for the policy."""
     room = policy.context - settings.ppo.sampling.max_new_tokens
-    ids = encode(texts, policy.tokenizer, max_tokens=room)
-    return PromptSource(texts, ids, per_batch, copies, settings.ppo.seed, policy.pad)
+    ids = encode(given.prompts, policy.tokenizer, max_tokens=room)
+    return PromptSource(given.prompts, ids, per_batch, copies, settings.ppo.seed, policy.pad, given.columns)
 
 
-def heldout_source(world: World, policy: LanguagePolicy, settings: RunSettings) -> PromptSource:
+def heldout_source(heldout: PromptSet, policy: LanguagePolicy, settings: RunSettings) -> PromptSource:
     """The held-out prompts of the evaluation, in batches that cover each once."""
-    count = min(settings.evaluation.prompts, len(world.heldout_prompts))
+    count = min(settings.evaluation.prompts, len(heldout))
     per_batch = min(count, EVALUATED_AT_ONCE)
-    return source_of(world.heldout_prompts[: count - count % per_batch], policy, settings, per_batch)
+    return source_of(heldout.first(count - count % per_batch), policy, settings, per_batch)
 
 
 def judges_folder(world: World, settings: RunSettings) -> Path:
@@ -125,9 +137,8 @@ def judges_folder(world: World, settings: RunSettings) -> Path:
 class Session:
     """One training run with its evaluations, from the first sample to the finished folder."""
 
-    world: World
+    task: Task
     settings: RunSettings
-    judges: Judges
     policy: LanguagePolicy
     store: RunStore
     console: Console
@@ -138,14 +149,14 @@ class Session:
         """All updates, with an evaluation before the first, every n, and after the last."""
         knobs = self.settings.ppo
         prompts = source_of(
-            self.world.train_prompts, self.policy, self.settings,
+            self.task.train, self.policy, self.settings,
             knobs.batch_size // knobs.sampling.samples_per_prompt, knobs.sampling.samples_per_prompt,
         )  # fmt: skip
-        heldout = heldout_source(self.world, self.policy, self.settings)
+        heldout = heldout_source(self.task.heldout, self.policy, self.settings)
         title = f"{self.store.name} · β = {knobs.reward.beta:g}"
         with Screen(self.console, knobs.steps, title) as screen:
-            keeper = Keeper(self.store, screen, self.judges.unseen, self.settings.keep_samples)
-            run = Run(self.policy, self.judges.reward, prompts, knobs, keeper)
+            keeper = Keeper(self.store, screen, self.task.judges.unseen, self.settings.keep_samples)
+            run = Run(self.policy, self.task.judges.reward, prompts, knobs, keeper)
             train(run, self._evaluator(heldout))
 
     def _evaluator(self, heldout: PromptSource) -> Callable[[int], None]:
@@ -154,7 +165,7 @@ class Session:
                 return
             self.store.heartbeat(step, "evaluating")
             knobs = self.settings.ppo
-            judged = evaluate(self.policy, heldout, self.judges.all, knobs.sampling, knobs.seed)
+            judged = evaluate(self.policy, heldout, self.task.judges.all, knobs.sampling, knobs.seed)
             self.reference = self.reference or judged
             with self.store.update(step) as entry:
                 entry.metrics(summarise(judged, self.reference))
@@ -174,7 +185,7 @@ def probes(judged: Judged, step: int, beta: float) -> list[Sample]:
             kl = float(rollout.kl[row])
             samples.append(
                 Sample(
-                    step=step, row=place, prompt=rollout.prompts.texts[row], response=rollout.texts[row],
+                    step=step, row=place, prompt=plain_text(rollout.prompts.texts[row]), response=rollout.texts[row],
                     score=scores["score"], reward_total=scores["score"] - beta * kl, kl=kl,
                     tokens=rollout.sequences.responses[row][mask].cpu().numpy(),
                     logprobs=np.asarray(rollout.logprobs[row][mask].cpu()),
@@ -185,16 +196,16 @@ def probes(judged: Judged, step: int, beta: float) -> list[Sample]:
     return samples
 
 
-def train_run(world: World, settings: RunSettings, judges: Judges, root: Path, name: str, console: Console) -> Path:
+def train_run(task: Task, settings: RunSettings, root: Path, name: str, console: Console) -> Path:
     """Train one policy; returns its run folder. A run that ends early stays readable, and says how it ended.
 
     Raises RunError where the folder exists or cannot be written, and whatever training raises.
     """
-    policy = open_policy(world, settings)
+    policy = open_policy(task.model, settings)
     with RunStore.create(root, name, settings.dump()) as store:
         store.put("sigma", 1.0)
         try:
-            Session(world, settings, judges, policy, store, console).train()
+            Session(task, settings, policy, store, console).train()
         except KeyboardInterrupt:
             store.heartbeat(store.last_step() or 0, "stopped by Ctrl-C", "stopped")
             raise

@@ -14,7 +14,7 @@ from rich.table import Table
 from tether.demo import finished_run
 from tether.errors import ConfigError
 from tether.plots import SweepPoint, Trail, plot_frontier
-from tether.session import load_recipe, prepare_process
+from tether.session import Task, load_recipe, prepare_process
 from tether.store import RunStore
 from tether.terminal import console_for_output
 from tether.training import open_judges
@@ -60,9 +60,9 @@ def main(
     place = open_world(world)
     settings = load_recipe(world).with_seed(seed)
     settings = settings.with_steps(steps) if steps is not None else settings
-    judges = open_judges(place, settings, console)
+    task = Task.of_world(place, settings, open_judges(place, settings, console))
     stores = [
-        RunStore.open(finished_run(place, settings.with_beta(b), judges, out / "runs", f"beta-{b:g}", console))
+        RunStore.open(finished_run(task, settings.with_beta(b), out / "runs", f"beta-{b:g}", console))
         for b in sorted(set(beta))
     ]
     points = [at_rest(store) for store in stores]

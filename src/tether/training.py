@@ -12,13 +12,14 @@ from statistics import fmean, pstdev
 from rich.console import Console
 from rich.progress import Progress
 
-from tether.batch import Reward
+from tether.batch import Prompt, Reward
 from tether.config import RunSettings
 from tether.preferences import Pairs, sample_pairs
+from tether.prompts import PromptSet
 from tether.reward_model import RewardModel
 from tether.reward_report import RewardReport
 from tether.reward_training import train_two
-from tether.session import Judges, judges_folder, load_recipe, open_policy, prepare_process, source_of, train_run
+from tether.session import Judges, Task, judges_folder, load_recipe, open_policy, prepare_process, source_of, train_run
 from tether.store import check_name
 from tether.terminal import console_for_output
 from tether.worlds.world import World, WorldName, open_world
@@ -48,8 +49,8 @@ def main(
     settings = settings.with_steps(steps) if steps is not None else settings
     name = check_name(name or f"{world}-beta{settings.ppo.reward.beta:g}-{time.strftime('%Y%m%d-%H%M%S')}")
     place = open_world(world)
-    judges = open_judges(place, settings, console)
-    folder = train_run(place, settings, judges, root, name, console)
+    task = Task.of_world(place, settings, open_judges(place, settings, console))
+    folder = train_run(task, settings, root, name, console)
     console.print(f"done: {folder}\nlook at it: tether show {folder}", soft_wrap=True)
 
 
@@ -60,7 +61,8 @@ def open_judges(world: World, settings: RunSettings, console: Console) -> Judges
         _train_both(world, settings, folder, console)
     models = [RewardModel.load(folder / role, dtype=settings.model.dtype) for role in ROLES]
     scale = json.loads((folder / GOLD_FILE).read_text("utf-8"))
-    return Judges(models[0], models[1], StandardGold(world.gold, scale["mean"], scale["std"]))
+    gold = StandardGold(world.gold, scale["mean"], scale["std"])
+    return Judges(models[0], {"holdout": models[1], "gold": gold})
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,22 @@ class StandardGold:
     mean: float
     std: float
 
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
         return [(score - self.mean) / self.std for score in self.gold(prompts, responses, **columns)]
 
 
 def _keep_gold_scale(pairs: Pairs, gold: Reward, path: Path) -> None:
-    scores = [*gold(pairs.prompts, pairs.chosen), *gold(pairs.prompts, pairs.rejected)]  # type: ignore[arg-type]
+    scores = [*gold(pairs.prompts, pairs.chosen), *gold(pairs.prompts, pairs.rejected)]
     path.write_text(json.dumps({"mean": fmean(scores), "std": pstdev(scores) or 1.0}), "utf-8")
 
 
 def _train_both(world: World, settings: RunSettings, folder: Path, console: Console) -> None:
     knobs = settings.preferences
-    policy = open_policy(world, settings)
+    policy = open_policy(settings.model.source or world.model, settings)
     console.print(
         f"{knobs.pairs} comparisons of the SFT model's own replies, labelled by gold with noise {knobs.noise:g}"
     )
-    source = source_of(world.train_prompts, policy, settings, PAIRS_AT_ONCE)
+    source = source_of(PromptSet(world.train_prompts), policy, settings, PAIRS_AT_ONCE)
     pairs = sample_pairs(
         policy, source, world.gold, knobs.pairs,
         noise=knobs.noise, settings=settings.ppo.sampling, seed=settings.ppo.seed,

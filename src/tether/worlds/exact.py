@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tether.batch import Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences
+from tether.batch import Evaluation, Generation, Prompt, Prompts, ReferenceEvaluation, Sequences, plain_text
 from tether.errors import InputError
 from tether.numerics import entropy, full_kl, selected_logprobs
 from tether.streams import stream
@@ -60,10 +60,12 @@ class ExactWorld:
     def prompts(self) -> int:
         return self.scores.shape[0]
 
-    def score_text(self, prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    def score_text(
+        self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]
+    ) -> list[float]:
         """The reward as a function of texts; a prompt reads `p2`, a response `7 0 3 3`."""
         del columns
-        rows = torch.tensor([int(prompt[1:]) for prompt in prompts])
+        rows = torch.tensor([int(plain_text(prompt)[1:]) for prompt in prompts])
         numbers = torch.tensor([self._number_of_text[response] for response in responses])
         scores: list[float] = self.scores[rows, numbers].tolist()
         return scores

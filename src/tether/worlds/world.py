@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tether.batch import Reward
+from tether.batch import Prompt, Reward, plain_text
 
 WorldName = Literal["smollm2", "nano"]
 
@@ -37,9 +37,9 @@ def _smollm2() -> World:
     from tether.worlds.real import instructions, smollm2_135m_instruct
     from tether.worlds.real_gold import gold_score
 
-    def gold(prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    def gold(prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
         del columns
-        return gold_score(prompts, responses)
+        return gold_score([plain_text(prompt) for prompt in prompts], responses)
 
     return World("smollm2", smollm2_135m_instruct(), instructions("train"), instructions("heldout"), gold)
 
@@ -49,8 +49,8 @@ def _nano() -> World:
 
     loaded = nano.load()
 
-    def gold(prompts: Sequence[str], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    def gold(prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
         del columns
-        return loaded.gold(prompts, responses)
+        return loaded.gold([plain_text(prompt) for prompt in prompts], responses)
 
     return World("nano", loaded.policy_path, loaded.train_prompts, loaded.heldout_prompts, gold)
