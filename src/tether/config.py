@@ -134,6 +134,17 @@ class EvaluationSettings(Settings):
     best_of_prompts: int = Field(16, ge=1, description="Held-out prompts that best-of-n is drawn for")
 
 
+class CheckpointSettings(Settings):
+    """When the state of a run is saved, and what is kept of it."""
+
+    every: int = Field(25, ge=1, description="Updates between checkpoints; the last update and a stop always save")
+    keep: int = Field(2, ge=1, description="The last so many checkpoints are kept")
+    milestones: int | None = Field(None, ge=1, description="Checkpoints at multiples of this are kept for good")
+    best: str | None = Field(
+        None, description="A metric, as eval/gold: the checkpoint where it was highest is kept too"
+    )
+
+
 class RunSettings(Settings):
     """A whole run: what a recipe holds."""
 
@@ -142,6 +153,7 @@ class RunSettings(Settings):
     preferences: PreferenceSettings = PreferenceSettings()
     ppo: PPOSettings = PPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     keep_samples: int = Field(8, ge=0, description="Responses kept of each update, with their per-token arrays")
 
     def with_beta(self, beta: float) -> RunSettings:
