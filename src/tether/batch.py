@@ -246,7 +246,7 @@ class Reward(Protocol):
     """What scores responses: one number a response, higher is better."""
 
     def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]
+        self, prompts: Sequence[Prompt], responses: Sequence[str], /, **columns: Sequence[object]
     ) -> Iterable[float]: ...
 
 
@@ -258,23 +258,40 @@ class ScoresRollouts(Protocol):
         """The same numbers as the reward gives to the rollout's texts, up to round-off."""
 
 
+@runtime_checkable
+class JudgesRollouts(Protocol):
+    """A reward that says more of a rollout than one number a response: its parts' numbers, rewards of single tokens."""
+
+    def judge_rollout(self, rollout: Rollout) -> Scores: ...
+
+
 @dataclass(frozen=True)
 class Scores:
     """One score a response, as the reward gave them."""
 
     scores: Float[Tensor, "batch"]
+    """What stands on the last token."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    token_rewards: Float[Tensor, "batch response"] | None = None
+    """What stands on each token besides, where the reward was asked for it by name; 0 where masked."""
+
+    @property
+    def totals(self) -> Float[Tensor, "batch"]:
+        """Σ_t token reward + score: all that the reward gave to a response."""
+        return self.scores if self.token_rewards is None else self.scores + self.token_rewards.sum(dim=1)
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """Per-token rewards on the string: −β·KL everywhere, plus the score on the last token."""
+    """Per-token rewards on the string: −β·KL everywhere, plus the score on the last token, plus any token rewards."""
 
     rewards: Float[Tensor, "batch response"]
     scores: Float[Tensor, "batch"]
     """The scores that went in: after the rule for responses that did not end by EOS."""
     beta: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    token_rewards: Float[Tensor, "batch response"] | None = None
+    """The reward's own token rewards that went in, where there are any."""
 
 
 @dataclass(frozen=True)

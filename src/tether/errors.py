@@ -7,6 +7,7 @@
     │   └── NonFiniteError    NaN or infinity where a number was wanted
     ├── ConfigError       knobs that contradict each other or their bounds; also a ValueError
     ├── ModelError        a model, tokenizer or checkpoint that cannot do what is asked
+    ├── RewardError       a reward function or endpoint that failed, hangs or cannot be reached
     ├── RunError          a run folder that is missing, torn or in use
     └── MissingExtraError an optional dependency is not installed; also an ImportError
 
@@ -42,6 +43,10 @@ class ConfigError(TetherError, ValueError):
 
 class ModelError(TetherError):
     """A model, tokenizer or checkpoint that cannot do what is asked of it."""
+
+
+class RewardError(TetherError):
+    """A reward function or endpoint that failed, does not answer in time or cannot be reached."""
 
 
 class RunError(TetherError):
