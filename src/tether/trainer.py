@@ -37,6 +37,10 @@ class Record:
     outcome: Outcome
 
 
+def _look_away(run: Run, rollout: Rollout, scores: Scores, rewards: Rewards, experience: Experience) -> None:
+    """Watches nothing."""
+
+
 @dataclass
 class Run:
     """A policy on its string: what trains, against what, on which prompts, with which knobs."""
@@ -46,7 +50,9 @@ class Run:
     prompts: PromptSource
     settings: PPOSettings
     keep: Callable[[Record], None]
-    """Called once an update, after it: stores, prints, checks."""
+    """Called once an update, after it: stores, prints."""
+    watch: Callable[[Run, Rollout, Scores, Rewards, Experience], None] = _look_away
+    """Called in every update before the policy moves, while it is still the one that sampled: the place for checks."""
     beta: Beta = field(init=False)
     optimiser: Optimiser = field(init=False)
     step: int = 0
@@ -89,6 +95,7 @@ def advance(run: Run) -> Record:
     scores = score(run.reward, rollout)
     rewards = tether(scores, rollout, run.beta.value, knobs.reward)
     experience = estimate(rewards, rollout, knobs.advantage)
+    run.watch(run, rollout, scores, rewards, experience)
     outcome = update(
         run.policy, experience, run.optimiser, run.orders(len(rollout)), knobs.update,
         temperature=knobs.sampling.temperature, policy_frozen=warming_up,
