@@ -35,7 +35,7 @@ def test_every_metric_is_explained_in_full(metric: Metric) -> None:
     told = (metric.title, metric.formula, metric.source, metric.healthy, metric.remedy)
     assert all(text.strip() == text != "" for text in told)
     assert metric.unit in UNITS
-    assert re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+)?", metric.name)
+    assert re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+)?(/\*)?", metric.name)
     assert metric.low is None or metric.high is None or metric.low <= metric.high
 
 
@@ -79,6 +79,27 @@ def test_the_description_holds_the_whole_entry() -> None:
         assert part in told
     with pytest.raises(InputError, match="did you mean 'ppo/clip_fraction'"):
         describe("ppo/clip_fractoin")
+
+
+def test_a_family_explains_its_members_and_no_other_name() -> None:
+    member = CATALOGUE["score/part/style"]
+    assert (member.name, member.title) == ("score/part/style", CATALOGUE["score/part/*"].title)
+    assert CATALOGUE["score/part/style/tone"].unit == "score"
+    check_known(["score/part/style", "score/spread", "score/spread/style"])
+    for stranger in ("score/part", "score/parts/style", "score/mean/style", "part/style"):
+        assert stranger not in CATALOGUE
+        with pytest.raises(InputError, match="is not in the catalogue"):
+            check_known([stranger])
+    assert CATALOGUE["score/spread"].title != CATALOGUE["score/spread/style"].title
+
+
+def test_names_stand_in_the_catalogues_order_members_at_their_familys_place() -> None:
+    names = ["zzz", "objective/tethered", "score/part/b", "beta", "score/part/a", "score/mean"]
+    wanted = ["score/mean", "score/part/a", "score/part/b", "objective/tethered", "beta", "zzz"]
+    assert CATALOGUE.in_order(names) == wanted
+    assert [name for name in CATALOGUE if "*" not in name] == CATALOGUE.in_order(
+        sorted(name for name in CATALOGUE if "*" not in name)
+    )
 
 
 def test_the_catalogue_cannot_be_changed() -> None:

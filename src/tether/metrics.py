@@ -2,17 +2,17 @@
 
 A number that is not in `CATALOGUE` cannot be logged (`store.py` refuses it), so the terminal, the pictures, the page
 and the docs can explain every number from the same entry. The entries themselves are data: `metrics.toml`, whose head
-explains the letters of the formulas. Knows no run and no tensor. Read next: `store.py`.
+explains the letters of the formulas. An entry whose name ends in `/*` explains every name that begins as it does.
+Knows no run and no tensor. Read next: `store.py`.
 """
 
 from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 from tether.errors import InputError
 
@@ -50,13 +50,50 @@ class Metric:
         return not inside
 
 
-def _load(path: Path) -> Mapping[str, Metric]:
+class Catalogue(Mapping[str, Metric]):
+    """Entries by name, in the order in which they are shown; `group/family/*` is the entry of a whole family.
+
+    A family's member is known and has the family's entry under its own name; only entries are counted and listed.
+
+    >>> member = CATALOGUE["score/part/style"]
+    >>> member.name, member.unit, "score/part/style" in CATALOGUE, "score/part/style" in list(CATALOGUE)
+    ('score/part/style', 'score', True, False)
+    """
+
+    def __init__(self, entries: Iterable[Metric]) -> None:
+        self._entries = {entry.name: entry for entry in entries}
+        self._places = {name: place for place, name in enumerate(self._entries)}
+
+    def __getitem__(self, name: str) -> Metric:
+        return replace(self._entries[self._entry(name)], name=name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._entry(name) in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """The names as the catalogue has them, a family's members by name; those that it does not know at the end."""
+        return sorted(names, key=lambda name: (self._places.get(self._entry(name), len(self)), name))
+
+    def _entry(self, name: str) -> str:
+        """The entry that explains the name: its own, else the nearest family's."""
+        parts = name.split("/")
+        families = ("/".join([*parts[:end], "*"]) for end in range(len(parts) - 1, 0, -1))
+        return next((known for known in (name, *families) if known in self._entries), name)
+
+
+def _load(path: Path) -> Catalogue:
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    return MappingProxyType({name: Metric(name=name, **table) for name, table in tables.items()})
+    return Catalogue(Metric(name=name, **table) for name, table in tables.items())
 
 
-CATALOGUE: Mapping[str, Metric] = _load(Path(__file__).with_name("metrics.toml"))
-"""Every metric by its name, in the order in which they are shown."""
+CATALOGUE = _load(Path(__file__).with_name("metrics.toml"))
+"""Every metric by its name."""
 
 
 def did_you_mean(got: str, known: Collection[str]) -> str:

@@ -159,6 +159,11 @@ class RunStore:
         """Leave a sign of life: what the trainer is doing, or how the run ended."""
         self.put("heartbeat", _beat(self._clock(), step, phase, status))
 
+    def flush(self, step: int, phase: str = "saving") -> None:
+        """Leave a sign of life, and wait until it and all that was recorded before are on the disk."""
+        with self._database.forced():
+            self.heartbeat(step, phase)
+
     def event(
         self,
         kind: str,
@@ -275,7 +280,7 @@ def check_name(name: str) -> str:
 
 def _in_order(names: Set[str]) -> list[str]:
     """The names in the catalogue's order; those of another version's catalogue at the end."""
-    return [name for name in CATALOGUE if name in names] + sorted(names - CATALOGUE.keys())
+    return CATALOGUE.in_order(names)
 
 
 def _create(path: Path, config: Mapping[str, object], clock: Callable[[], float]) -> RunStore:
