@@ -111,6 +111,20 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        """What is committed inside is on the disk, with all before it, when its transaction ends.
+
+        Elsewhere the last transactions of a write-ahead log may wait in the system's memory; a power cut takes them.
+        """
+        with complaints(self.path):
+            self._connection.execute("PRAGMA synchronous=FULL")
+        try:
+            yield
+        finally:
+            with complaints(self.path):
+                self._connection.execute(f"PRAGMA synchronous={_synchronous(self.journal)}")
+
     def close(self) -> None:
         self._connection.close()
 
@@ -258,9 +272,13 @@ def _choose_journal(connection: sqlite3.Connection, path: Path) -> str:
         connection.execute("SELECT 1 FROM sqlite_schema").fetchone()  # touches the log's shared memory
     except sqlite3.OperationalError:
         journal = str(connection.execute("PRAGMA journal_mode=delete").fetchone()[0])
-    # In a write-ahead log NORMAL can lose the last transactions in a power cut, but tears nothing.
-    connection.execute(f"PRAGMA synchronous={'NORMAL' if journal == 'wal' else 'FULL'}")
+    connection.execute(f"PRAGMA synchronous={_synchronous(journal)}")
     return journal
+
+
+def _synchronous(journal: str) -> str:
+    """In a write-ahead log NORMAL can lose the last transactions in a power cut, but tears nothing."""
+    return "NORMAL" if journal == "wal" else "FULL"
 
 
 def _check_schema(connection: sqlite3.Connection, path: Path, schema: Schema) -> None:

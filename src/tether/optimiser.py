@@ -13,8 +13,20 @@ import torch
 from torch import Tensor
 
 from tether.config import UpdateSettings
+from tether.errors import ModelError
 
 ADAM_BETAS = (0.9, 0.999)
+STEPS_TAKEN = "steps_taken"
+MASTER, COUNT = "master", "step"
+
+
+def numbered(groups: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all groups by name: `policy.0003` is the fourth of the group `policy`.
+
+    >>> list(numbered({"policy": [torch.zeros(2), torch.zeros(3)], "value": [torch.zeros(1)]}))
+    ['policy.0000', 'policy.0001', 'value.0000']
+    """
+    return {f"{name}.{place:04d}": tensor for name, group in groups.items() for place, tensor in enumerate(group)}
 
 
 class Optimiser:
@@ -84,6 +96,47 @@ class Optimiser:
             for parameter in parameters:
                 parameter.grad = None
 
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on beside weights and settings, by name; shared, not copied.
+
+        `policy.0003.exp_avg` and the like are Adam's, of each weight that was stepped; `policy.0003.master` is the
+        float32 master of a half-precision weight; `steps_taken` counts.
+        """
+        state = {STEPS_TAKEN: torch.tensor(self.steps_taken)} | self._named_masters()
+        for name, master in numbered(self.masters).items():
+            state |= {f"{name}.{part}": tensor for part, tensor in self.adam.state.get(master, {}).items()}
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; the tensors are copied.
+
+        Raises ModelError where they are of other weights; then nothing was changed.
+        """
+        masters, own = numbered(self.masters), self._named_masters()
+        moments = {name: tensor for name, tensor in state.items() if name != STEPS_TAKEN and name not in own}
+        strange = sorted({STEPS_TAKEN, *own} - state.keys())
+        strange += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+        strange += [name for name, moment in moments.items() if not _is_moment(name, moment, masters)]
+        if strange:
+            raise ModelError(
+                f"the optimiser's state does not fit this policy in {', '.join(strange[:3])}; wanted that of the same "
+                "model, mode and precision"
+            )
+        self.steps_taken = int(state[STEPS_TAKEN])
+        for name, master in own.items():
+            master.copy_(state[name])
+        self.adam.state.clear()
+        for name, moment in moments.items():
+            weight, _, part = name.rpartition(".")
+            like = moment if part == COUNT else masters[weight]  # Adam keeps its counts on the CPU
+            self.adam.state[masters[weight]][part] = torch.empty_like(like).copy_(moment)
+
+    def _named_masters(self) -> dict[str, Tensor]:
+        """The masters that are no weights of the policy themselves."""
+        weights, masters = numbered(self.groups), numbered(self.masters)
+        return {f"{name}.{MASTER}": masters[name] for name in masters if masters[name] is not weights[name]}
+
     def _epsilon(self) -> float:
         """ε as torch's Adam wants it. TensorFlow adds ε before the bias correction of √v: ε/√(1 − β₂ᵗ) here."""
         if self.settings.adam_style == "pytorch":
@@ -93,6 +146,14 @@ class Optimiser:
     def _halves(self) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
         pairs = [pair for name in self.groups for pair in zip(self.groups[name], self.masters[name], strict=True)]
         return [(parameter, master) for parameter, master in pairs if parameter is not master]
+
+
+def _is_moment(name: str, tensor: Tensor, masters: Mapping[str, Tensor]) -> bool:
+    """Whether this can be one of Adam's tensors of one of these weights."""
+    weight, _, part = name.rpartition(".")
+    if weight not in masters or part == MASTER:
+        return False
+    return tensor.shape == (torch.Size() if part == COUNT else masters[weight].shape)
 
 
 def _is_half(parameter: Tensor) -> bool:

@@ -5,6 +5,7 @@ It only looks: nothing here changes what is trained.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -20,11 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tether.batch import Reward, Rollout, plain_text
+from tether.checkpoint import Checkpoints, Identity
 from tether.records import Sample
 from tether.scores import score
 from tether.store import RunStore
 from tether.terminal import short, sparkline
-from tether.trainer import Record
+from tether.trainer import Record, Run
 
 LINES_A_RUN = 20
 """Plain lines that a whole run prints where the output is no terminal."""
@@ -104,12 +106,43 @@ class Keeper:
 
 
 @dataclass
+class Saver:
+    """Saves the run's state: every n updates, after the last, and when somebody asks."""
+
+    run: Run
+    checkpoints: Checkpoints
+    identity: Identity
+    store: RunStore
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint belongs here."""
+        step, steps = self.run.step, self.run.settings.steps
+        return step > 0 and (step % self.checkpoints.settings.every == 0 or step == steps)
+
+    def save(self) -> None:
+        """Rows first, then the state that goes on behind them. Raises RunError where the disk is full."""
+        self.store.flush(self.run.step)
+        self.checkpoints.save(self.run.snapshot(), self.identity, self._worth())
+
+    def _worth(self) -> dict[int, float]:
+        """The metric by which the best checkpoint is kept, by step."""
+        best = self.checkpoints.settings.best
+        if best is None:
+            return {}
+        curve = self.store.curve(best)
+        pairs = zip(curve.steps.tolist(), curve.values.tolist(), strict=True)
+        return {step: value for step, value in pairs if math.isfinite(value)}
+
+
+@dataclass
 class Screen:
     """A live panel in a terminal, plain lines in the lesson's form elsewhere. Use it in a `with` block."""
 
     console: Console
     steps: int
     title: str
+    start: int = 0
+    """Updates done before."""
     history: dict[str, deque[float]] = field(default_factory=dict)
     _live: Live | None = None
     _progress: Progress | None = None
@@ -121,11 +154,12 @@ class Screen:
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TextColumn("left"), TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
-            self._progress.add_task(self.title, total=self.steps)
+            self._progress.add_task(self.title, total=self.steps, completed=self.start)
             self._live = Live(self._progress, console=self.console, refresh_per_second=4)
             self._live.start()
         else:
-            self.console.print(f"{self.title}: {self.steps} updates")
+            done = f", {self.start} of them done" if self.start else ""
+            self.console.print(f"{self.title}: {self.steps} updates{done}")
         return self
 
     def __exit__(

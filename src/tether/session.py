@@ -1,41 +1,51 @@
 """From a recipe to a finished run folder: world, judges, policy, training, evaluation.
 
-`open_judges` yields the reward model, its hold-out twin and gold; `train_run` trains one policy and leaves everything
-in `root/name`. The jobs above (`demo.py`, `sweep.py`, `training.py`) are made of these.
+`train_run` trains one policy and leaves everything in `root/name`; `resume_run` goes on with such a folder as if the
+run had never stopped; `fork_run` makes a new one that starts from a checkpoint of another. The jobs above (`demo.py`,
+`sweep.py`, `training.py`, `resume.py`) are made of these.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tether import __version__
 from tether.batch import Reward, plain_text
+from tether.checkpoint import Checkpoint, Checkpoints, Identity, plain
 from tether.config import RunSettings
-from tether.errors import ConfigError
+from tether.errors import ConfigError, RunError
 from tether.evaluation import Judged, evaluate, summarise
+from tether.identity import differences, identify, made_by, require_same_digests, require_same_settings
 from tether.loading import Source
 from tether.models import LanguagePolicy, load_policy
 from tether.prompts import PromptSet, PromptSource, encode
-from tether.recording import Keeper, Screen
-from tether.records import Sample
+from tether.recording import Keeper, Saver, Screen
+from tether.records import Sample, Status
+from tether.rewards import controller
+from tether.runtime.interrupt import Interrupt
 from tether.runtime.memory import keep_freed_memory
-from tether.store import RunStore
+from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore
 from tether.trainer import Run, train
 from tether.worlds.real import cache_folder
 from tether.worlds.world import World
 
 EVALUATED_AT_ONCE = 64
+STOPPING = "stopping after this update, with a checkpoint; once more leaves at once"
 
 
 def load_recipe(name: str) -> RunSettings:
@@ -135,44 +145,83 @@ def judges_folder(world: World, settings: RunSettings) -> Path:
 
 @dataclass
 class Session:
-    """One training run with its evaluations, from the first sample to the finished folder."""
+    """One training run with its evaluations, from the first sample, or a checkpoint, to the finished folder."""
 
     task: Task
     settings: RunSettings
     policy: LanguagePolicy
+    """As it starts: at the reference."""
     store: RunStore
     console: Console
+    start: Checkpoint | None = None
+    """Where it goes on from."""
     reference: Judged | None = None
     """The evaluation before the first update, which is of the reference."""
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.store.path / CHECKPOINTS, self.settings.checkpoint)
+
     def train(self) -> None:
-        """All updates, with an evaluation before the first, every n, and after the last."""
-        knobs = self.settings.ppo
+        """All updates, with an evaluation before the first, every n, and after the last; Ctrl-C saves and stops."""
+        knobs, judges = self.settings.ppo, self.task.judges
         prompts = source_of(
             self.task.train, self.policy, self.settings,
             knobs.batch_size // knobs.sampling.samples_per_prompt, knobs.sampling.samples_per_prompt,
         )  # fmt: skip
         heldout = heldout_source(self.task.heldout, self.policy, self.settings)
+        identity = self._identify(prompts)
         title = f"{self.store.name} · β = {knobs.reward.beta:g}"
-        with Screen(self.console, knobs.steps, title) as screen:
-            keeper = Keeper(self.store, screen, self.task.judges.unseen, self.settings.keep_samples)
-            run = Run(self.policy, self.task.judges.reward, prompts, knobs, keeper)
-            train(run, self._evaluator(heldout))
+        start = 0 if self.start is None else self.start.step
+        with Interrupt(STOPPING) as interrupt, Screen(self.console, knobs.steps, title, start) as screen:
+            keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples)
+            run = Run(self.policy, judges.reward, prompts, knobs, keeper)
+            self._take_up(run, heldout)
+            train(run, self._between(Saver(run, self.checkpoints, identity, self.store), heldout, interrupt))
 
-    def _evaluator(self, heldout: PromptSource) -> Callable[[int], None]:
+    def _identify(self, prompts: PromptSource) -> Identity:
+        """What this run is. Raises RunError where its folder says that it is another."""
+        identity = identify(self.settings, self.policy, self.task.judges.reward, prompts.ids)
+        recorded = dict(self.start.identity.digests) if self.start is not None else {}
+        known = self.store.meta().get("digests")
+        recorded |= known if isinstance(known, dict) else {}
+        require_same_digests(recorded, identity.digests, _elsewhere(self.store.path))
+        self.store.put("digests", dict(identity.digests))
+        return identity
+
+    def _take_up(self, run: Run, heldout: PromptSource) -> None:
+        """Go on from the checkpoint; what `run.db` holds of later updates is dropped, to be made again."""
+        if self.start is not None:
+            if self.start.step:
+                self.reference = self._judge(heldout)  # the weights are still the reference's own
+            run.restore(self.start.snapshot())
+            self.checkpoints.point_at(run.step)
+        self.store.truncate_after(run.step - 1)
+
+    def _between(self, saver: Saver, heldout: PromptSource, interrupt: Interrupt) -> Callable[[int], None]:
         def between(step: int) -> None:
-            if step % self.settings.evaluation.every and step != self.settings.ppo.steps:
-                return
-            self.store.heartbeat(step, "evaluating")
-            knobs = self.settings.ppo
-            judged = evaluate(self.policy, heldout, self.task.judges.all, knobs.sampling, knobs.seed)
-            self.reference = self.reference or judged
-            with self.store.update(step) as entry:
-                entry.metrics(summarise(judged, self.reference))
-                for probe in probes(judged, step, knobs.reward.beta):
-                    entry.sample(probe)
+            if saver.is_due() or interrupt.wanted:
+                saver.save()
+            if interrupt.wanted:
+                raise KeyboardInterrupt
+            self._evaluate(step, heldout)
 
         return between
+
+    def _judge(self, heldout: PromptSource) -> Judged:
+        knobs = self.settings.ppo
+        return evaluate(self.policy, heldout, self.task.judges.all, knobs.sampling, knobs.seed)
+
+    def _evaluate(self, step: int, heldout: PromptSource) -> None:
+        if step % self.settings.evaluation.every and step != self.settings.ppo.steps:
+            return
+        self.store.heartbeat(step, "evaluating")
+        judged = self._judge(heldout)
+        self.reference = self.reference or judged
+        with self.store.update(step) as entry:
+            entry.metrics(summarise(judged, self.reference))
+            for probe in probes(judged, step, self.settings.ppo.reward.beta):
+                entry.sample(probe)
 
 
 def probes(judged: Judged, step: int, beta: float) -> list[Sample]:
@@ -196,21 +245,139 @@ def probes(judged: Judged, step: int, beta: float) -> list[Sample]:
     return samples
 
 
-def train_run(task: Task, settings: RunSettings, root: Path, name: str, console: Console) -> Path:
-    """Train one policy; returns its run folder. A run that ends early stays readable, and says how it ended.
+def train_run(
+    task: Task, settings: RunSettings, root: Path, name: str, console: Console, *, way_on: str | None = None
+) -> Path:
+    """Train one policy; returns its run folder. A run that ends early stays readable, says how it ended, and goes on
+    with `resume_run`.
+
+    `way_on`: what to tell the user then; by default the command `tether resume FOLDER`.
 
     Raises RunError where the folder exists or cannot be written, and whatever training raises.
     """
     policy = open_policy(task.model, settings)
     with RunStore.create(root, name, settings.dump()) as store:
         store.put("sigma", 1.0)
-        try:
-            Session(task, settings, policy, store, console).train()
-        except KeyboardInterrupt:
-            store.heartbeat(store.last_step() or 0, "stopped by Ctrl-C", "stopped")
-            raise
-        except BaseException as error:
-            store.heartbeat(store.last_step() or 0, f"{type(error).__name__}: {error}", "failed")
-            raise
-        store.heartbeat(settings.ppo.steps, "done", "finished")
+        store.put("source", None if isinstance(task.model, PreTrainedModel) else str(task.model))
+        return _see_through(Session(task, settings, policy, store, console), way_on)
+
+
+def resume_run(
+    folder: Path,
+    open_task: Callable[[RunSettings], Task],
+    console: Console,
+    settings: RunSettings | None = None,
+    *,
+    way_on: str | None = None,
+) -> Path:
+    """Go on with a run from its last whole checkpoint, as if it had never stopped; returns its folder.
+
+    `open_task` gives what the run was about. `settings`: by default those in the folder; they must be those that the
+    run was started with, up to what is looked at and kept. Rows of `run.db` after the checkpoint are made again. A run
+    without a checkpoint starts again from update 0; a finished one stays as it is.
+
+    Raises RunError where the folder is no run, another process writes it, or settings, reference, tokenizer, reward or
+    prompts are not what the run was started with, and whatever training raises.
+    """
+    with RunStore.open(folder, readonly=False) as store:
+        chosen = load_recipe(str(folder / CONFIG_FILE)) if settings is None else settings
+        checkpoints = Checkpoints(folder / CHECKPOINTS, chosen.checkpoint)
+        start = checkpoints.newest(lambda text: console.print(text, soft_wrap=True), _rows(store))
+        recorded = store.meta()["config"] if start is None else start.identity.settings
+        require_same_settings(cast(Mapping[str, object], recorded), chosen, _elsewhere(folder))
+        if _is_finished(store, chosen):
+            console.print(f"{folder} is finished: {chosen.ppo.steps} updates", soft_wrap=True)
+            return folder
+        _tell_start(store, start, console)
+        store.put("config", chosen.dump())
+        task = open_task(chosen)
+        policy = open_policy(task.model, chosen)
+        return _see_through(Session(task, chosen, policy, store, console, start), way_on)
+
+
+def fork_run(parent: Path, step: int | None, root: Path, name: str, settings: RunSettings) -> Path:
+    """A new run folder `root/name` that starts where a checkpoint of `parent` stands; `resume_run` trains it.
+
+    `step`: by default the last whole checkpoint. `settings` may differ from the parent's in what does not change the
+    model: β (its controller then starts anew), steps, seed, rates. Its `meta()["lineage"]` says where it comes from.
+
+    Raises RunError where there is no such checkpoint or the new folder exists, ConfigError where no update is left.
+    """
+    checkpoints = Checkpoints(parent / CHECKPOINTS)
+    start = checkpoints.newest(_ignore) if step is None else checkpoints.read(step)
+    if start is None:
+        raise RunError(f"{parent} holds no whole checkpoint to start from; wait for its first one")
+    if settings.ppo.steps <= start.step:
+        raise ConfigError(
+            f"the fork starts at update {start.step} and its settings end at {settings.ppo.steps}; wanted more: "
+            f"try --steps {2 * start.step}"
+        )
+    before = RunSettings.model_validate(start.identity.settings)
+    snapshot = start.snapshot()
+    if settings.ppo.reward != before.ppo.reward:
+        snapshot = replace(snapshot, beta=plain(controller(settings.ppo.reward)))
+    kept = {key: start.identity.digests[key] for key in ("reference", "tokenizer")}
+    with RunStore.open(parent) as store:
+        source = store.meta().get("source")
+    lineage = {"run": str(parent.resolve()), "step": start.step, "checkpoint": start.digest}
+    with RunStore.create(root, name, settings.dump()) as store:
+        for key, fact in {"sigma": 1.0, "source": source, "lineage": lineage, "digests": kept}.items():
+            store.put(key, fact)
+        identity = Identity(settings.dump(), kept, start.identity.made_by)
+        Checkpoints(store.path / CHECKPOINTS, settings.checkpoint).save(snapshot, identity)
         return store.path
+
+
+def _see_through(session: Session, way_on: str | None) -> Path:
+    """Train to the end; however it ends, the folder says so and the terminal says how to go on."""
+    store = session.store
+    way_on = way_on or f"tether resume {shlex.quote(str(store.path))}"
+    try:
+        session.train()
+    except KeyboardInterrupt:
+        _leave_word(store, "stopped by Ctrl-C", "stopped")
+        saved = session.checkpoints.latest()
+        where = "no checkpoint yet" if saved is None else f"saved at update {saved}"
+        session.console.print(f"{where}; go on with: {way_on}", soft_wrap=True)
+        raise
+    except BaseException as error:
+        _leave_word(store, f"{type(error).__name__}: {error}", "failed")
+        raise
+    store.heartbeat(session.settings.ppo.steps, "done", "finished")
+    return store.path
+
+
+def _leave_word(store: RunStore, phase: str, status: Status) -> None:
+    with suppress(RunError):  # a full disk has said so already
+        store.heartbeat(store.last_step() or 0, phase, status)
+
+
+def _rows(store: RunStore) -> int:
+    """Updates of which `run.db` holds the rows; those before a fork are its parent's."""
+    lineage, last = store.meta().get("lineage"), store.last_step()
+    begun = int(lineage["step"]) if isinstance(lineage, dict) else 0
+    return begun if last is None else max(begun, last + 1)
+
+
+def _is_finished(store: RunStore, settings: RunSettings) -> bool:
+    beat = store.last_heartbeat()
+    return beat is not None and beat.status == "finished" and beat.step == settings.ppo.steps
+
+
+def _tell_start(store: RunStore, start: Checkpoint | None, console: Console) -> None:
+    """Say and note where the run goes on from, and what may move its last bits."""
+    step = 0 if start is None else start.step
+    console.print(f"{store.name}: goes on from update {step}" if start else f"{store.name}: no checkpoint, starts anew")
+    changed = [] if start is None else differences(start.identity.made_by, made_by())
+    if changed:
+        console.print(f"the last bits may differ from those of an uninterrupted run: {'; '.join(changed)}")
+    store.event("resumed", {"step": step, "changed": changed})
+
+
+def _elsewhere(folder: Path) -> str:
+    """What to do where a run cannot go on as it is."""
+    return f"Give the run back what it had, or start another from it: tether fork {shlex.quote(str(folder))} --name NEW"
+
+
+def _ignore(text: str) -> None:
+    del text

@@ -1,7 +1,8 @@
 """The loop: prompts → responses → scores → tethered rewards → advantages → PPO, over and over.
 
 `Run` holds what one training run is made of; `advance` is one update, the rooms in their order. Everything that an
-update draws at random is a function of (seed, purpose, step), so a run continues from any step as if never stopped.
+update draws at random is a function of (seed, purpose, step), so a run that is given back a snapshot of itself
+(`checkpoint.py`) continues from that step as if never stopped.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 
 from tether.advantages import estimate
 from tether.batch import Experience, Outcome, Policy, Reward, Rewards, Rollout, Scores
+from tether.checkpoint import Snapshot, Stateful, load_weights, plain, unplain
 from tether.config import PPOSettings
-from tether.optimiser import Optimiser
+from tether.optimiser import Optimiser, numbered
 from tether.prompts import PromptSource
 from tether.rewards import Beta, controller, tether
 from tether.rollouts import sample
@@ -70,6 +72,21 @@ class Run:
         """The order of responses in each epoch of this update, [epochs, rows]."""
         epochs = range(self.settings.update.epochs)
         return torch.stack([permutation(self.settings.seed, "order", rows, self.step, epoch) for epoch in epochs])
+
+    def snapshot(self) -> Snapshot:
+        """The state that the next update starts from."""
+        reward = self.reward.checkpoint_state() if isinstance(self.reward, Stateful) else {}
+        weights = numbered(self.policy.trainable())
+        return Snapshot(self.step, weights, self.optimiser.state(), plain(self.beta), reward)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take up a snapshot of this run. Raises ModelError or RunError where it is of another one."""
+        self.beta = unplain(snapshot.beta, self.beta)
+        load_weights(self.policy, snapshot.weights)
+        self.optimiser.load_state(snapshot.optimiser)
+        if isinstance(self.reward, Stateful):
+            self.reward.restore_state(snapshot.reward)
+        self.step = snapshot.step
 
 
 def train(run: Run, between: Callable[[int], None] | None = None) -> None:

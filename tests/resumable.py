@@ -1,0 +1,93 @@
+"""A tiny run that a process of its own can train, be killed in, and go on with.
+
+    python resumable.py FOLDER/NAME [mode]        starts the run, or goes on with it if it is there
+
+The policy is a small Llama of random weights that is read from FOLDER/../sft; the reward counts words. Every update is
+a checkpoint, every second one an evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from tether.batch import Prompt
+from tether.config import RunSettings
+from tether.prompts import PromptSet
+from tether.session import Judges, Task, resume_run, train_run
+from tether.store import RunStore
+from tiny_models import build, build_tokenizer
+
+STEPS = 6
+TIMES = ("seconds/", "tokens/per_second", "memory/")
+"""Metrics that are no function of the run."""
+
+
+def count_words(prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    return [0.1 * sum(len(word) % 3 for word in response.split()) for response in responses]
+
+
+def prefer_short(prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+    return [-0.1 * len(response) for response in responses]
+
+
+def settings_of(mode: str = "top", **changes: object) -> RunSettings:
+    """Small, with everything that has a state: warm-up, an adaptive string, the linear schedule, two passes."""
+    ppo = {
+        "batch_size": 8, "steps": STEPS, "sampling": {"max_new_tokens": 6},
+        "reward": {"beta": 0.1, "controller": "adaptive", "target_kl": 0.05, "horizon": 50},
+        "update": {"epochs": 2, "minibatches": 2, "learning_rate": 1e-3, "value_warmup": 1, "early_stop_kl": None},
+    }  # fmt: skip
+    given = {
+        "ppo": ppo, "model": {"mode": mode, "top_layers": 2, "lora_rank": 4}, "checkpoint": {"every": 1},
+        "evaluation": {"every": 2, "prompts": 4}, "keep_samples": 3,
+    }  # fmt: skip
+    return RunSettings.model_validate(given | changes)
+
+
+def task_of(sft: Path) -> Task:
+    """The task of every run here; its checkpoint is written on first use."""
+    if not sft.is_dir():
+        build("llama").save_pretrained(sft)
+        build_tokenizer().save_pretrained(sft)
+    train = PromptSet(tuple(f"w{3 + n} w{5 + n} w{7 + 2 * n}" for n in range(11)))
+    heldout = PromptSet(tuple(f"w{40 + n} w{50 + n}" for n in range(4)))
+    return Task(sft, train, heldout, Judges(count_words, {"gold": prefer_short}))
+
+
+def left_behind(run: Path) -> dict[str, object]:
+    """All that a run leaves that is a function of its settings: metrics, samples bit by bit, final weights."""
+    from tether.checkpoint import Checkpoints
+
+    with RunStore.open(run) as store:
+        names = [name for name in store.names() if not name.startswith(TIMES)]
+        curves = {name: (curve.steps.tolist(), curve.values.tolist()) for name, curve in store.curves(names).items()}
+        samples = [
+            tuple(field.tobytes() if isinstance(field, np.ndarray) else repr(field) for field in vars(sample).values())
+            for sample in store.samples()
+        ]
+        steps = store.steps()
+    last = Checkpoints(run / "checkpoints").newest(print)
+    assert last is not None
+    state = last.snapshot()
+    tensors = {**state.weights, **{f"adam.{name}": tensor for name, tensor in state.optimiser.items()}}
+    bits = {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return {"steps": steps, "curves": curves, "samples": samples, "bits": bits, "beta": dict(state.beta)}
+
+
+def main(run: Path, mode: str = "top") -> None:
+    torch.set_num_threads(1)
+    task, console = task_of(run.parent.parent / "sft"), Console()
+    if run.is_dir():
+        resume_run(run, lambda _: task, console)
+    else:
+        train_run(task, settings_of(mode), run.parent, run.name, console)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
