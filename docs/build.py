@@ -15,11 +15,10 @@ import sys
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from pathlib import Path
-from typing import Literal, get_args, get_origin
-
-from pydantic.fields import FieldInfo
 
 from tether import config
+from tether.aliases import LIBRARIES, REFUSED, TRANSLATED, Library
+from tether.knobs import allowed, knobs, told
 from tether.metrics import CATALOGUE, Metric
 
 DOCS = Path(__file__).parent
@@ -39,11 +38,49 @@ def metrics_table(names: str) -> str:
 def knobs_table(model: str) -> str:
     """A table of a settings model's own knobs: default, bounds and the line of help."""
     rows = [
-        (f"`{name}`", f"`{_plain(field.default)}`", _bounds(field), field.description or "")
+        (f"`{name}`", f"`{_plain(field.default)}`", allowed(field), field.description or "")
         for name, field in getattr(config, model).model_fields.items()
         if not isinstance(field.default, config.Settings)
     ]
     return _table(("knob", "default", "allowed", "what it does"), rows)
+
+
+def knobs_in_full(section: str) -> str:
+    """A table of a section's own knobs (`ppo.reward`; `run` is the outermost) with its usual range and who uses it."""
+    prefix = "" if section == "run" else f"{section}."
+    own = {path: info for path, info in knobs().items() if path.rpartition(".")[0] == prefix.rstrip(".")}
+    rows = [
+        (
+            f"`{path.removeprefix(prefix)}`", f"`{_plain(info.default)}`", allowed(info), told(info, "usual"),
+            told(info, "used"), info.description or "",
+        )
+        for path, info in own.items()
+    ]  # fmt: skip
+    return _table(("knob", "default", "allowed", "usual", "who uses what", "what it does"), rows)
+
+
+def translated(what: str) -> str:
+    """The knobs with their names elsewhere (`names`), or the names that are not taken over (`refused`)."""
+    if what == "refused":
+        rows = [(f"`{alias.name}`", ", ".join(alias.libraries), _sentence(alias.instead)) for alias in REFUSED]
+        return _table(("name", "of", "why not, and what to write"), rows)
+    paths = [path for path in knobs() if any(alias.path == path for alias in TRANSLATED)]
+    rows = [(f"`{path}`", *(_names(path, library) for library in LIBRARIES), _notes(path)) for path in paths]
+    return _table(("here", *LIBRARIES, ""), rows)
+
+
+def _names(path: str, library: Library) -> str:
+    names = [alias.name for alias in TRANSLATED if alias.path == path and library in alias.libraries]
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _notes(path: str) -> str:
+    notes = [f"`{alias.name}`: {alias.note}" for alias in TRANSLATED if alias.path == path and alias.note]
+    return "; ".join(notes)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def source(where: str) -> str:
@@ -66,6 +103,8 @@ def layers(contract: str) -> str:
 FILLERS: dict[str, Callable[[str], str]] = {
     "metrics": metrics_table,
     "knobs": knobs_table,
+    "knobs_in_full": knobs_in_full,
+    "translated": translated,
     "source": source,
     "layers": layers,
 }
@@ -172,20 +211,6 @@ def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [heads, tuple("---" for _ in heads), *rows]
     escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
-
-
-def _bounds(field: FieldInfo) -> str:
-    """What is allowed: `> 0`, `0 to 1`, or the choices."""
-    kinds = [field.annotation, *get_args(field.annotation)]
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    limits = [
-        f"{sign} {getattr(limit, key)}"
-        for limit in field.metadata
-        for key, sign in signs.items()
-        if hasattr(limit, key)
-    ]
-    return ", ".join([f"`{choice}`" for choice in choices] or limits) or ("`true`, `false`" * (bool in kinds))
 
 
 def _plain(default: object) -> str:

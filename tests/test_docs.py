@@ -24,6 +24,7 @@ import pytest
 import tether
 from tether import config
 from tether.cli import COMMANDS
+from tether.knobs import sections
 from tether.metrics import CATALOGUE
 from tiny_models import build, build_tokenizer
 
@@ -204,7 +205,13 @@ def test_every_command_is_in_the_docs() -> None:
 def test_every_knob_is_on_a_page() -> None:
     kinds = [kind for kind in vars(config).values() if isinstance(kind, type)]
     models = [kind for kind in kinds if issubclass(kind, config.Settings)]
-    filled = {name for page in WRITTEN for name in re.findall(r"<!-- begin knobs: (\w+) -->", page.read_text("utf-8"))}
+    text = "".join(page.read_text("utf-8") for page in WRITTEN)
+    in_full = [
+        sections()[path].__name__
+        for path in re.findall(r"<!-- begin knobs_in_full: (\w+(?:\.\w+)*) -->", text)
+        if path != "run"
+    ]
+    filled = {*re.findall(r"<!-- begin knobs: (\w+) -->", text), *in_full, "RunSettings"}
     assert {model.__name__ for model in models if model.model_fields} == filled
 
 

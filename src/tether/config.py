@@ -1,75 +1,156 @@
-"""The knobs, one model a room; every knob with its bounds, its default and one line of help.
+"""The knobs, one model a room; of every knob its default, bounds, help, usual range and who uses what, in one place.
 
 Sampling → RewardSettings → AdvantageSettings → UpdateSettings, joined in `PPOSettings`; a whole run, with its model,
-world and preferences, is `RunSettings`, and a recipe is one of those as YAML.
-Knows no torch: the command line and the page read the same models.
+its world or its own data and rewards, is `RunSettings`, and a recipe is one of those as YAML.
+Knows no torch: the command line and the page read the same models. Read next: `knobs.py`, which finds knobs by name
+and reports all faults of a configuration together, and `aliases.py`, the names that other libraries give them.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def knob(default: Any, help: str, *, usual: str = "", used: str = "", **bounds: Any) -> Any:
+    """A field with its line of help, the range in which it is usually set, and who sets it to what."""
+    return Field(default, description=help, json_schema_extra={"usual": usual, "used": used}, **bounds)
 
 
 class Settings(BaseModel):
-    """Base of all knobs: frozen, and an unknown name is an error."""
+    """Base of all knobs: frozen, an unknown name is an error, and so are NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SamplingSettings(Settings):
     """How responses are drawn. Sampling is pure: no top-k, top-p, repetition penalty or minimum length."""
 
-    max_new_tokens: int = Field(32, ge=1, description="Cap on the tokens of a response")
-    temperature: float = Field(1.0, gt=0, description="T inside the policy: logits/T for sampler, old, new, reference")
-    samples_per_prompt: int = Field(1, ge=1, description="Responses to each prompt of a batch")
+    max_new_tokens: int = knob(
+        32, "Cap on the tokens of a response", usual="24 to 1024", used="Ziegler 24, Stiennon 48, TRL 53", ge=1
+    )
+    temperature: float = knob(
+        1.0, "T inside the policy: logits/T for sampler, old, new, reference",
+        usual="0.7 to 1", used="InstructGPT 1, Ziegler, Stiennon and TRL .7", gt=0,
+    )  # fmt: skip
+    samples_per_prompt: int = knob(
+        1, "Responses to each prompt of a batch", usual="1 to 8", used="PPO 1, GRPO-like recipes 4 to 16", ge=1
+    )
 
 
 class RewardSettings(Settings):
     """How a score becomes per-token rewards."""
 
-    beta: float = Field(0.05, ge=0, description="β, the string: price of one nat of KL in units of the score")
-    controller: Literal["fixed", "adaptive", "budget"] = Field("fixed", description="What moves β during a run")
-    target_kl: float = Field(6.0, gt=0, description="Nats per response that `adaptive` steers to or `budget` allows")
-    horizon: int = Field(10_000, gt=0, description="Responses over which `adaptive` or `budget` may move β by e-fold")
-    missing_eos: Literal["replace", "subtract", "zero", "bootstrap", "keep"] = Field(
-        "replace", description="What happens to the score of a response that was cut before EOS"
+    beta: float = knob(
+        0.05, "β ≥ 0, the string: price of one nat of KL in units of the score", usual="0.01 to 0.2",
+        used="TRL .05, Stiennon .05, InstructGPT .02, Ziegler .15 at the start, Bai .001",
+    )  # fmt: skip
+    allow_negative_beta: bool = knob(
+        False, "Let β be below 0, which pays for drifting from the reference: to study the sign error", usual="false"
     )
-    missing_eos_score: float = Field(-1.0, description="The score that `replace` sets, or minus what `subtract` takes")
-    whiten: bool = Field(False, description="Whiten per-token rewards (their mean is kept); off in the literature")
+    controller: Literal["fixed", "adaptive", "budget"] = knob(
+        "fixed", "What moves β during a run", used="Ziegler and TRL before 0.12 adaptive, most others fixed"
+    )
+    target_kl: float = knob(
+        6.0, "Nats per response that `adaptive` steers to or `budget` allows", usual="3 to 12",
+        used="Ziegler 6 to 10, TRL before 0.12: 6", gt=0,
+    )  # fmt: skip
+    horizon: int = knob(
+        10_000, "Responses over which `adaptive` or `budget` may move β by e-fold", usual="20 to 150 batches",
+        used="Ziegler 10,000 with a batch of 512", gt=0,
+    )  # fmt: skip
+    missing_eos: Literal["replace", "subtract", "zero", "bootstrap", "keep"] = knob(
+        "replace", "What happens to the score of a response that was cut before EOS",
+        used="Ziegler, torchtune replace; TRL since 0.12 subtract",
+    )  # fmt: skip
+    missing_eos_score: float = knob(
+        -1.0, "The score that `replace` sets, or minus what `subtract` takes", usual="-3 to -1",
+        used="Ziegler -1, torchtune -3",
+    )  # fmt: skip
+    whiten: bool = knob(
+        False, "Whiten per-token rewards (their mean is kept); off in the literature", used="Ziegler true, TRL false"
+    )
+
+    @model_validator(mode="after")
+    def _pulls(self) -> RewardSettings:
+        if self.beta < 0 and not self.allow_negative_beta:
+            raise contradiction(
+                ["beta", "allow_negative_beta"],
+                f"beta is {self.beta:g}; below 0 it pays the policy for drifting from its reference. Use beta ≥ 0, "
+                "or ask for it by name: allow_negative_beta: true",
+            )
+        if self.beta < 0 and self.controller != "fixed":
+            raise contradiction(
+                ["beta", "controller"], f"beta is {self.beta:g}; a controller moves a beta above 0, wanted fixed"
+            )
+        return self
 
 
 class AdvantageSettings(Settings):
     """Generalised advantage estimation."""
 
-    gamma: float = Field(1.0, ge=0, le=1, description="Discount γ per token")
-    lam: float = Field(0.95, ge=0, le=1, description="GAE's λ: 1 = return minus value, 0 = one-step surprise")
-    whiten: bool = Field(True, description="Whiten advantages once over the batch's real tokens")
+    gamma: float = knob(1.0, "Discount γ per token", usual="1", used="all 1", ge=0, le=1)
+    lam: float = knob(
+        0.95, "GAE's λ: 1 = return minus value, 0 = one-step surprise", usual="0.95 to 1",
+        used="Ziegler, Stiennon, TRL, torchtune .95; OpenRLHF and verl 1", ge=0, le=1,
+    )  # fmt: skip
+    whiten: bool = knob(True, "Whiten advantages once over the batch's real tokens", usual="true", used="all true")
 
 
 class UpdateSettings(Settings):
     """The PPO update."""
 
-    epochs: int = Field(4, ge=1, description="Passes over a rollout; more than 4 asks for collapse")
-    minibatches: int = Field(4, ge=1, description="Optimiser steps in one pass")
-    clip_range: float = Field(0.2, gt=0, description="ε of the policy ratio")
-    value_clip_range: float | None = Field(0.2, gt=0, description="ε of the value, in units of the score; null = off")
-    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss")
-    learning_rate: float = Field(1e-5, gt=0, description="Adam's step size at the start")
-    value_learning_rate: float | None = Field(None, gt=0, description="The value head's own step size; null = the same")
-    schedule: Literal["linear", "constant"] = Field("linear", description="Learning rate falls to 0, or stays")
-    adam_epsilon: float = Field(1e-5, gt=0, description="Adam's ε")
-    adam_style: Literal["pytorch", "tensorflow"] = Field("pytorch", description="Where Adam's ε is added")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip of the gradient's global norm; null = off")
-    early_stop_kl: float | None = Field(
-        0.02, gt=0, description="Per token; the update ends when k3(π_old, π) exceeds 1.5 × this; null = never"
+    epochs: int = knob(
+        4, "Passes over a rollout; more than 4 asks for collapse", usual="1 to 4",
+        used="Ziegler, Stiennon, TRL 4; InstructGPT, OpenRLHF, verl 1", ge=1,
+    )  # fmt: skip
+    minibatches: int = knob(
+        4, "Optimiser steps in one pass: a count, not a size", usual="1 to 8", used="InstructGPT 8, Ziegler 1", ge=1
     )
-    value_warmup: int = Field(0, ge=0, description="Updates at the start that train the value head alone")
-    max_padding: float = Field(
-        0.05, ge=0, le=1, description="Share of padding in one pass; 1 for models so small that passes cost, not tokens"
+    clip_range: float = knob(0.2, "ε of the policy ratio", usual="0.1 to 0.3", used="all .2", gt=0)
+    value_clip_range: float | None = knob(
+        0.2, "ε of the value, in units of the score; null = off", usual="0.2 to 0.5",
+        used="Ziegler, Stiennon, TRL .2; OpenRLHF, verl .5", gt=0,
+    )  # fmt: skip
+    value_coef: float = knob(
+        0.1, "Weight of the value loss", usual="0.1 to 0.5", used="Ziegler, Stiennon, TRL .1", ge=0
     )
-    tokens_per_micro_batch: int = Field(4096, ge=1, description="Padded tokens in one forward and backward pass")
+    learning_rate: float = knob(
+        1e-5, "Adam's step size at the start", usual="1e-6 to 5e-5; 2e-4 with adapters or tiny models",
+        used="Ziegler 1e-5 (124M), TRL 3e-6 (1B), OpenRLHF and verl 1e-6 (7B)", gt=0,
+    )  # fmt: skip
+    value_learning_rate: float | None = knob(
+        None, "The value head's own step size; null = the same", usual="1 to 10 × learning_rate",
+        used="OpenRLHF 9e-6, verl 1e-5", gt=0,
+    )  # fmt: skip
+    schedule: Literal["linear", "constant"] = knob(
+        "linear", "Learning rate falls to 0, or stays", used="Stiennon, TRL linear; verl constant"
+    )
+    adam_epsilon: float = knob(1e-5, "Adam's ε", usual="1e-8 to 1e-5", used="Ziegler, Stiennon 1e-5; torch 1e-8", gt=0)
+    adam_style: Literal["pytorch", "tensorflow"] = knob(
+        "pytorch", "Where Adam's ε is added", used="Ziegler tensorflow, all others pytorch"
+    )
+    max_grad_norm: float | None = knob(
+        1.0, "Clip of the gradient's global norm; null = off", usual="0.5 to 1", used="Hugging Face, OpenRLHF, verl 1",
+        gt=0,
+    )  # fmt: skip
+    early_stop_kl: float | None = knob(
+        0.02, "Per token; the update ends when k3(π_old, π) exceeds 1.5 × this; null = never", usual="0.01 to 0.05",
+        used="Spinning Up .01", gt=0,
+    )  # fmt: skip
+    value_warmup: int = knob(
+        0, "Updates at the start that train the value head alone", usual="0 to 50", used="verl's critic_warmup 0", ge=0
+    )
+    max_padding: float = knob(
+        0.05, "Share of padding in one pass; 1 for models so small that passes cost, not tokens", usual="0.05; tiny 1",
+        ge=0, le=1,
+    )  # fmt: skip
+    tokens_per_micro_batch: int = knob(
+        4096, "Padded tokens in one forward and backward pass: memory, never results", usual="1024 to 32768",
+        used="verl 16384 a GPU", ge=1,
+    )  # fmt: skip
 
 
 class PPOSettings(Settings):
@@ -79,82 +160,147 @@ class PPOSettings(Settings):
     reward: RewardSettings = RewardSettings()
     advantage: AdvantageSettings = AdvantageSettings()
     update: UpdateSettings = UpdateSettings()
-    batch_size: int = Field(64, ge=1, description="Responses in one update")
-    steps: int = Field(100, ge=1, description="Updates")
-    seed: int = Field(0, ge=0, description="Seed of every random stream")
+    batch_size: int = knob(
+        64, "Responses in one update", usual="16 to 1024", used="Ziegler, Stiennon, InstructGPT 512; verl 1024", ge=1
+    )
+    steps: int = knob(100, "Updates", usual="50 to 2000", used="Ziegler 4000 of 512 responses", ge=1)
+    seed: int = knob(0, "Seed of every random stream", ge=0)
 
     @model_validator(mode="after")
     def _divisible(self) -> PPOSettings:
-        if self.batch_size < self.update.minibatches:
-            raise ValueError(
-                f"batch_size {self.batch_size} is smaller than {self.update.minibatches} minibatches; "
-                f"try minibatches={self.batch_size}"
+        size, parts, copies = self.batch_size, self.update.minibatches, self.sampling.samples_per_prompt
+        faults, knobs = [], {"batch_size"}
+        if size < parts:
+            faults.append(f"batch_size {size} is smaller than {parts} minibatches; try minibatches={size}")
+            knobs.add("update.minibatches")
+        elif size % parts:
+            faults.append(
+                f"batch_size {size} is not divisible by {parts} minibatches; try batch_size={-(-size // parts) * parts}"
             )
-        if self.batch_size % self.update.minibatches:
-            nearest = -(-self.batch_size // self.update.minibatches) * self.update.minibatches
-            raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by {self.update.minibatches} minibatches; "
-                f"try batch_size={nearest}"
+            knobs.add("update.minibatches")
+        if size % copies:
+            faults.append(
+                f"batch_size {size} is not a multiple of samples_per_prompt {copies}; "
+                f"try batch_size={-(-size // copies) * copies}"
             )
-        if self.batch_size % self.sampling.samples_per_prompt:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of samples_per_prompt "
-                f"{self.sampling.samples_per_prompt}; try batch_size="
-                f"{-(-self.batch_size // self.sampling.samples_per_prompt) * self.sampling.samples_per_prompt}"
-            )
+            knobs.add("sampling.samples_per_prompt")
+        if faults:
+            raise contradiction(sorted(knobs), "; ".join(faults))
         return self
 
 
 class ModelSettings(Settings):
     """What is trained, and how much of it."""
 
-    source: str | None = Field(None, description="Folder or hub name of the SFT checkpoint; null = the world's own")
-    mode: Literal["full", "lora", "top"] = Field("top", description="All weights, adapters, or the top k layers")
-    top_layers: int = Field(6, ge=1, description="k of mode `top`")
-    lora_rank: int = Field(16, ge=1, description="Rank of mode `lora`")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the matrices")
+    source: str | None = knob(None, "Folder or hub name of the SFT checkpoint; null = the world's own")
+    allow_base: bool = knob(
+        False,
+        "Start from, and be tied to, a model that was never fine-tuned: not what the string is for",
+        usual="false",
+    )
+    mode: Literal["full", "lora", "top"] = knob(
+        "top", "All weights, adapters, or the top k layers", used="InstructGPT full; small machines lora or top"
+    )
+    top_layers: int = knob(6, "k of mode `top`", usual="2 layers to half of them", ge=1)
+    lora_rank: int = knob(16, "Rank of mode `lora`", usual="8 to 64", used="TRL's scripts 16", ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = knob(
+        "auto", "Precision of the matrices", used="GPU recipes bfloat16"
+    )
+    gradient_checkpointing: bool = knob(
+        False, "Compute activations again on the way back: less memory, a third more time, the same numbers",
+        used="TRL true, OpenRLHF, verl false",
+    )  # fmt: skip
 
 
 class PreferenceSettings(Settings):
-    """The comparisons that the reward model and the hold-out model are trained on."""
+    """The comparisons that a world's reward model and hold-out model are trained on."""
 
-    pairs: int = Field(512, ge=8, description="Comparisons in all; each of the two models sees one half")
-    noise: float = Field(0.5, gt=0, description="Temperature of the Bradley–Terry labels, in units of the gold score")
-    learning_rate: float = Field(1e-4, gt=0, description="Adam's step size at the start; falls to 0")
-    batch_pairs: int = Field(16, ge=1, description="Comparisons in one step")
-    top_layers: int | None = Field(6, ge=1, description="Layers trained above a frozen trunk; null = all weights")
+    pairs: int = knob(
+        512, "Comparisons in all; each of the two models sees one half", usual="512 to 64,000", used="InstructGPT 33k",
+        ge=8,
+    )  # fmt: skip
+    noise: float = knob(0.5, "Temperature of the Bradley–Terry labels, in units of the gold score", usual="0.25", gt=0)
+    learning_rate: float = knob(
+        1e-4, "Adam's step size at the start; falls to 0", usual="1e-5 to 1e-3", used="InstructGPT 9e-6 (6B)", gt=0
+    )
+    batch_pairs: int = knob(16, "Comparisons in one step", usual="8 to 64", used="InstructGPT, Stiennon 64", ge=1)
+    top_layers: int | None = knob(6, "Layers trained above a frozen trunk; null = all weights", usual="null, 6", ge=1)
 
 
 class EvaluationSettings(Settings):
     """What is measured on held-out prompts."""
 
-    every: int = Field(25, ge=1, description="Updates between evaluations; the start and the end always count")
-    prompts: int = Field(64, ge=1, description="Held-out prompts")
-    best_of: tuple[int, ...] = Field((4, 16, 64), description="n of the best-of-n baselines")
-    best_of_prompts: int = Field(16, ge=1, description="Held-out prompts that best-of-n is drawn for")
+    every: int = knob(25, "Updates between evaluations; the start and the end always count", usual="10 to 100", ge=1)
+    prompts: int = knob(64, "Held-out prompts", usual="64 to 512", ge=1)
+    best_of: tuple[int, ...] = knob((4, 16, 64), "n of the best-of-n baselines", usual="4 to 64", used="Stiennon, Gao")
+    best_of_prompts: int = knob(16, "Held-out prompts that best-of-n is drawn for", usual="16 to 64", ge=1)
 
 
 class CheckpointSettings(Settings):
     """When the state of a run is saved, and what is kept of it."""
 
-    every: int = Field(25, ge=1, description="Updates between checkpoints; the last update and a stop always save")
-    keep: int = Field(2, ge=1, description="The last so many checkpoints are kept")
-    milestones: int | None = Field(None, ge=1, description="Checkpoints at multiples of this are kept for good")
-    best: str | None = Field(
-        None, description="A metric, as eval/gold: the checkpoint where it was highest is kept too"
+    every: int = knob(
+        25, "Updates between checkpoints; the last update and a stop always save", usual="10 to 200", ge=1
+    )
+    keep: int = knob(2, "The last so many checkpoints are kept", usual="1 to 3", used="OpenRLHF 3", ge=1)
+    milestones: int | None = knob(None, "Checkpoints at multiples of this are kept for good", ge=1)
+    best: str | None = knob(None, "A metric, as eval/gold: the checkpoint where it was highest is kept too")
+
+
+class DataSettings(Settings):
+    """Your own prompts, in place of a world's."""
+
+    prompts: str | tuple[str, ...] | None = knob(
+        None, "A JSONL, JSON, CSV, Parquet or text file, a hub data set, or the prompts themselves; null = the world's"
+    )
+    heldout: str | tuple[str, ...] | None = knob(
+        None, "Prompts of the evaluation, in any of these forms; null = a share of `prompts` is split off"
+    )
+    heldout_share: float = knob(
+        0.1, "Share of `prompts` held out for the evaluation, chosen by the seed", usual="0.05 to 0.2", gt=0, le=0.5
+    )
+    split: str | None = knob(None, "Split of a hub data set, as train")
+    subset: str | None = knob(None, "Subset (configuration) of a hub data set")
+    prompt_column: str = knob("prompt", "Column that holds the prompt; `instruction+input` joins two")
+    limit: int | None = knob(None, "Rows to read at most", ge=1)
+    too_long: Literal["refuse", "drop", "truncate"] = knob(
+        "refuse", "What happens to a prompt that leaves no room for the response", used="TRL truncate, verl drop"
+    )
+
+
+class JudgeSettings(Settings):
+    """Something that scores responses: a reward model, a Python function, an HTTP endpoint."""
+
+    source: str | None = knob(
+        None, "Classifier by folder or hub name, a function as FILE.py:NAME or MODULE:NAME, or an http address"
+    )
+    timeout_seconds: float | None = knob(
+        None, "How long one batch may take before the run stops with an error; null = no limit", usual="30 to 600", gt=0
     )
 
 
 class RunSettings(Settings):
     """A whole run: what a recipe holds."""
 
-    world: Literal["smollm2", "nano"] = Field("smollm2", description="Where model, prompts and gold scorer come from")
+    world: Literal["smollm2", "nano"] | None = knob(
+        None, "Where model, prompts and judges come from, unless they are given; null = all are given"
+    )
     model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    reward: JudgeSettings = JudgeSettings()
+    """What PPO climbs."""
+    holdout: JudgeSettings = JudgeSettings()
+    """A second reward model, of other comparisons, that is only watched: `score/holdout`, `eval/holdout`."""
+    judge: JudgeSettings = JudgeSettings()
+    """What decides who is better, never optimised: `score/gold`, `eval/gold`, `eval/win_rate`."""
     preferences: PreferenceSettings = PreferenceSettings()
     ppo: PPOSettings = PPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-    keep_samples: int = Field(8, ge=0, description="Responses kept of each update, with their per-token arrays")
+    keep_samples: int = knob(8, "Responses kept of each update, with their per-token arrays", usual="0 to 16", ge=0)
+    report_to: tuple[str, ...] = knob(
+        (), "Trackers beside the run's own store: tensorboard, wandb, trackio, mlflow, …", used="TRL all installed"
+    )
 
     def with_beta(self, beta: float) -> RunSettings:
         """The same run on another string, all other knobs and seeds equal."""
@@ -172,3 +318,8 @@ class RunSettings(Settings):
     def dump(self) -> dict[str, object]:
         """As plain values, for YAML and JSON."""
         return self.model_dump(mode="json")
+
+
+def contradiction(knobs: list[str], message: str) -> PydanticCustomError:
+    """The error of knobs that do not go together; it carries their names, relative to the model that raises it."""
+    return PydanticCustomError("contradiction", "{message}", {"knobs": knobs, "message": message})

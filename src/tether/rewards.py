@@ -36,7 +36,9 @@ def tether(scores: Scores, rollout: Rollout, beta: float, settings: RewardSettin
     """
     mask = rollout.response_mask
     adjusted = _score_unfinished(scores.scores, rollout, settings)
-    rewards = tethered_rewards(adjusted, rollout.logprobs, rollout.ref_logprobs, mask, beta)
+    rewards = tethered_rewards(
+        adjusted, rollout.logprobs, rollout.ref_logprobs, mask, beta, allow_negative_beta=settings.allow_negative_beta
+    )
     per_response = rewards.sum(dim=1)
     metrics = {
         "beta": beta,
