@@ -12,8 +12,9 @@ import torch
 
 from tether.batch import Generation, Policy, Prompts
 from tether.config import SamplingSettings
+from tether.data import read_preferences
+from tether.data_rows import split_prompt
 from tether.errors import InputError, NonFiniteError
-from tether.preference_files import pairs_of, read_pairs, split_prompt
 from tether.preferences import Pairs, label, sample_pairs, split_halves
 from tether.prompts import PromptSource
 from tether.streams import uniforms
@@ -167,7 +168,7 @@ def assistant(text: str) -> dict[str, str]:
 def test_saved_pairs_are_read_back_with_their_gold_scores(tmp_path: Path) -> None:
     pairs = some_pairs(3, chosen_gold=(1.0, 2.5, -3.0), rejected_gold=(0.0, 0.5, 4.0))
     pairs.save(tmp_path / "pairs.jsonl")
-    back = read_pairs(tmp_path / "pairs.jsonl")
+    back = read_preferences(tmp_path / "pairs.jsonl")
     assert back.digest == pairs.digest
     assert back.margins == pairs.margins
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
@@ -186,17 +187,17 @@ def test_one_comparison_is_the_same_in_all_of_trls_forms(tmp_path: Path) -> None
             "rejected": [user("2 + 2 ="), assistant(" 5")],
         },
     ]
-    for pairs in (read_pairs(written(tmp_path, *rows)), pairs_of(rows)):
+    for pairs in (read_preferences(written(tmp_path, *rows)), read_preferences(rows)):
         assert set(zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)) == {("2 + 2 =", " 4", " 5")}
     listed = tmp_path / "pairs.json"
     listed.write_text("\ufeff" + json.dumps(rows, indent=1), encoding="utf-8")
-    assert read_pairs(listed).digest == pairs.digest
+    assert read_preferences(listed).digest == pairs.digest
 
 
 def test_a_longer_conversation_stays_one(tmp_path: Path) -> None:
     before = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello"), user("2 + 2?")]
     row = {"chosen": [*before, assistant("4")], "rejected": [*before, assistant("5")]}
-    pairs = read_pairs(written(tmp_path, row, row))
+    pairs = read_preferences(written(tmp_path, row, row))
     assert pairs.prompts[0] == tuple(before)
     assert (pairs.chosen[0], pairs.rejected[0]) == ("4", "5")
 
@@ -218,17 +219,17 @@ def test_an_implied_prompt_ends_with_a_word(chosen: str, rejected: str, wanted: 
 
 def test_comparisons_of_equal_texts_are_left_out_and_counted(tmp_path: Path) -> None:
     good, same = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "a"}
-    pairs = read_pairs(written(tmp_path, good, same, good))
+    pairs = read_preferences(written(tmp_path, good, same, good))
     assert len(pairs) == 2
     assert pairs.origin["identical"] == 1
     with pytest.raises(InputError, match="no comparison of two different responses"):
-        read_pairs(written(tmp_path, same, same))
+        read_preferences(written(tmp_path, same, same))
 
 
 def test_gold_scores_count_only_where_every_row_has_them(tmp_path: Path) -> None:
     scored = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_gold": 1, "rejected_gold": 0.5}
-    assert read_pairs(written(tmp_path, scored, scored)).margins == (0.5, 0.5)
-    assert read_pairs(written(tmp_path, scored, {"prompt": "p", "chosen": "a", "rejected": "b"})).margins is None
+    assert read_preferences(written(tmp_path, scored, scored)).margins == (0.5, 0.5)
+    assert read_preferences(written(tmp_path, scored, {"prompt": "p", "chosen": "a", "rejected": "b"})).margins is None
 
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -243,31 +244,23 @@ GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ([GOOD, ["p", "a", "b"]], "row 2 is a list"),
         ([GOOD, GOOD | {"chosen": 3}], r"row 2: chosen is a int \(3\); wanted text"),
         ([GOOD, GOOD | {"prompt": 3}], r"row 2: prompt is a int"),
-        ([GOOD, GOOD | {"chosen": None}], "row 2: chosen is a NoneType"),
+        ([GOOD, GOOD | {"chosen": None}], "row 2: chosen is null"),
         ([GOOD, GOOD | {"chosen": [assistant("a")]}], "row 2: chosen and rejected are of two kinds"),
         ([GOOD, GOOD | {"chosen": [{"role": "assistant"}], "rejected": [assistant("b")]}], "row 2: chosen is a list"),
         ([GOOD, GOOD | {"chosen": [user("a")], "rejected": [user("b")]}], "last message of chosen is by user"),
         ([GOOD, GOOD | {"chosen": [], "rejected": []}], "last message of chosen is by user"),
         ([GOOD, {"chosen": [assistant("a")], "rejected": [assistant("b")]}], "row 2 has no prompt"),
         ([GOOD, {"chosen": [user("x"), assistant("a")], "rejected": [user("y"), assistant("b")]}], "part before"),
-        ([GOOD, GOOD | {"chosen_gold": "high", "rejected_gold": 1}], "row 2: chosen_gold is a str; wanted a number"),
+        ([GOOD, GOOD | {"chosen_gold": "high", "rejected_gold": 1}], "row 2: chosen_gold is a str"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_one_clear_complaint(rows: list, complaint: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=complaint):
-        read_pairs(written(tmp_path, *rows))
+        read_preferences(written(tmp_path, *rows))
 
 
 def test_a_torn_line_is_named(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD)
     path.write_text(path.read_text() + "\n" + '{"prompt": "p", "cho')
     with pytest.raises(InputError, match=r"line 3 is no JSON"):
-        read_pairs(path)
-
-
-def test_a_missing_or_binary_file_is_one_clear_complaint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read"):
-        read_pairs(tmp_path / "nowhere.jsonl")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(InputError, match="cannot read"):
-        read_pairs(tmp_path / "binary")
+        read_preferences(path)

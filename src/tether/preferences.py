@@ -3,7 +3,7 @@
     policy ─ two samples a prompt ─ gold scores g ─ P(a ≻ b) = σ((g_a − g_b)/noise) ─┐
     a file of prompt / chosen / rejected, plain or conversational ────────────────────┴─▶ Pairs ─▶ halves
 
-Knows no reward model. Read next: `reward_training.py`, which learns from them; `preference_files.py`, which reads them.
+Knows no reward model. Read next: `reward_training.py`, which learns from them; `data.py`, which reads them.
 """
 
 from __future__ import annotations
