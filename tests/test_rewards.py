@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import brute_force
-from ragged import rows, unrows
+from ragged import Ragged, rows, unrows
 from rollout_of import rollout_of
 from tether.batch import Rewards, Scores
 from tether.config import RewardSettings
-from tether.errors import InputError, NonFiniteError
+from tether.errors import InputError, NonFiniteError, ShapeError
 from tether.rewards import AdaptiveBeta, BudgetBeta, FixedBeta, controller, tether
 from tolerances import EXACT, assert_close
 
@@ -92,6 +93,68 @@ def test_rewards_may_be_whitened_and_keep_their_mean() -> None:
     assert_close(whitened.rewards, unrows(brute_force.whiten(rows(plain, mask), False), mask), EXACT)
     assert whitened.metrics == tethered().metrics
     assert torch.equal(tethered(whiten=False).rewards, tethered().rewards)
+
+
+# ── a reward's own token rewards ────────────────────────────────────────────────────────────────────────────────────
+@given(LENGTHS, st.floats(0.0, 2.0), st.integers(0, 2**16))
+def test_token_rewards_are_added_on_their_tokens_and_nothing_else_changes(
+    lengths: list[int], beta: float, seed: int
+) -> None:
+    rollout, scores = rollout_of(lengths, seed), torch.arange(len(lengths)).double() - 1.0
+    mask = rollout.response_mask
+    tokens = Ragged(mask, seed).numbers("token rewards")  # NaN and infinities where masked
+    got = tether(Scores(scores, token_rewards=tokens), rollout, beta, RewardSettings())
+    plain = rows(rollout.logprobs, mask), rows(rollout.ref_logprobs, mask)
+    wanted = brute_force.tethered_rewards(scores.tolist(), *plain, beta)
+    for row, extra in enumerate(rows(tokens, mask)):
+        for place, number in enumerate(extra):
+            wanted[row][place] += number
+        kl = sum(p - r for p, r in zip(plain[0][row], plain[1][row], strict=True))
+        assert float(got.rewards[row].sum()) == pytest.approx(
+            sum(extra) + float(scores[row]) - beta * kl, rel=1e-9, abs=1e-9
+        )
+    assert_close(got.rewards, unrows(wanted, mask), EXACT)
+    assert torch.equal(got.scores, scores)
+    assert got.token_rewards is not None
+    assert_close(got.token_rewards, unrows(rows(tokens, mask), mask), EXACT)
+
+
+def test_the_metrics_count_token_rewards_as_earned_and_not_as_the_strings() -> None:
+    tokens = torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0], [5.0, 6.0, 0.0]], dtype=torch.float64)
+    rollout, plain = rollout_of([3, 1, 2], finished=[True, False, True]), tethered(finished=[True, False, True])
+    got = tether(Scores(SCORES, token_rewards=tokens), rollout, 0.3, RewardSettings()).metrics
+    earned = 21.0 / 3
+    assert got["reward/mean"] == pytest.approx(plain.metrics["reward/mean"] + earned)
+    assert got["reward/non_score"] == pytest.approx(plain.metrics["reward/non_score"])
+    assert got["objective/tethered"] == pytest.approx(plain.metrics["objective/tethered"] + earned)
+
+
+def test_a_response_that_was_cut_keeps_its_token_rewards() -> None:
+    tokens = torch.ones(3, 3, dtype=torch.float64)
+    rollout = rollout_of([3, 1, 2], finished=[False] * 3)
+    got = tether(Scores(SCORES, token_rewards=tokens), rollout, 0.0, RewardSettings(missing_eos="zero"))
+    assert got.rewards.sum(dim=1).tolist() == [3.0, 1.0, 2.0]
+    assert tethered(0.0).token_rewards is None
+
+
+def test_all_that_a_response_earned_is_its_score_and_its_token_rewards() -> None:
+    tokens = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    assert Scores(torch.tensor([10.0, 20.0]), token_rewards=tokens).totals.tolist() == [13.0, 23.0]
+    assert Scores(torch.tensor([10.0, 20.0])).totals.tolist() == [10.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "said"),
+    [
+        (torch.zeros(1, 3), ShapeError, r"\[1, 3\] and the responses \[1, 2\]"),
+        (torch.tensor([[0.0, math.nan]]), NonFiniteError, "token reward is NaN"),
+    ],
+    ids=["shape", "NaN"],
+)
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_token_rewards_that_do_not_fit_are_refused(tokens: Tensor, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        tether(Scores(torch.zeros(1), token_rewards=tokens), rollout_of([2]), 0.1, RewardSettings())
 
 
 @pytest.mark.parametrize(("score", "beta", "error"), [(math.nan, 0.1, NonFiniteError), (0.0, -0.1, InputError)])

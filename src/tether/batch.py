@@ -246,7 +246,7 @@ class Reward(Protocol):
     """What scores responses: one number a response, higher is better."""
 
     def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], /, **columns: Sequence[object]
+        self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]
     ) -> Iterable[float]: ...
 
 

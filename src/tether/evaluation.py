@@ -64,7 +64,7 @@ def evaluate(
 ) -> Judged:
     """One response to each prompt of the source, scored by every judge."""
     rollouts = tuple(_rollouts(policy, source, settings, seed))
-    scores = {name: torch.cat([score(judge, rollout).scores for rollout in rollouts]) for name, judge in judges.items()}
+    scores = {name: torch.cat([score(judge, rollout).totals for rollout in rollouts]) for name, judge in judges.items()}
     return Judged(rollouts, scores)
 
 
@@ -168,7 +168,7 @@ def draw_best_of_n(
         prompts = source.batch(part)
         draws = uniforms(seed, "best of n", 0, prompts.keys, settings.max_new_tokens)
         rollout = sample(policy, prompts, draws, settings)
-        scores.append(score(judges["score"], rollout).scores)
-        gold.append(score(judges["gold"], rollout).scores)
+        scores.append(score(judges["score"], rollout).totals)
+        gold.append(score(judges["gold"], rollout).totals)
         tick(part + 1)
     return [best_of_n(torch.stack(scores), torch.stack(gold), n) for n in ns]

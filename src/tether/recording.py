@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tether.alarms import Alarm
 from tether.batch import Reward, Rollout, plain_text
 from tether.checkpoint import Checkpoints, Identity
 from tether.records import Sample
@@ -27,6 +28,7 @@ from tether.scores import score
 from tether.store import RunStore
 from tether.terminal import short, sparkline
 from tether.trainer import Record, Run
+from tether.watch import Watch
 
 LINES_A_RUN = 20
 """Plain lines that a whole run prints where the output is no terminal."""
@@ -63,7 +65,7 @@ def _sample(record: Record, row: int) -> Sample:
         row=row,
         prompt=plain_text(rollout.prompts.texts[row]),
         response=rollout.texts[row],
-        score=float(record.scores.scores[row]),
+        score=float(record.scores.totals[row]),
         reward_total=float(record.rewards.rewards[row][mask].sum()),
         kl=float(rollout.kl[row]),
         tokens=tokens,
@@ -94,15 +96,23 @@ class Keeper:
     judges: Mapping[str, Reward]
     """Judges of every update's responses beside the reward, by name."""
     keep_samples: int
+    watch: Watch = field(default_factory=Watch)
 
     def __call__(self, record: Record) -> None:
+        alarms, over = self.watch.after(record)
         extra = judge_scores(self.judges, record.rollout) | {"memory/peak_bytes": peak_memory_bytes()}
-        metrics = record.metrics | extra
+        metrics = record.metrics | extra | {"seconds/checks": self.watch.seconds}
         with self.store.update(record.step) as entry:
             entry.metrics(metrics)
             for sample in samples_of(record, self.keep_samples):
                 entry.sample(sample)
+            for alarm in alarms:
+                entry.event(alarm.reason, alarm.payload(), alarm.severity)
+            for reason in over:
+                entry.event("cleared", {"reason": reason})
         self.screen.show(record.step, metrics)
+        self.screen.warn(record.step, alarms)
+        self.watch.act(alarms)
 
 
 @dataclass
@@ -181,6 +191,13 @@ class Screen:
         if now - self._shown > 0.1 or step == self.steps - 1:
             self._shown = now
             self._live.update(Group(self._progress, self._table(metrics)))
+
+    def warn(self, step: int, alarms: Sequence[Alarm]) -> None:
+        """Say what has gone wrong, above the panel."""
+        for alarm in alarms:
+            style = "bold red" if alarm.severity == "alarm" else "yellow"
+            told = f"update {step} {alarm.severity}: {alarm.failure.title}. {alarm.seen}. {alarm.remedy}"
+            self.console.print(told, style=style, markup=False, highlight=False)
 
     def _table(self, metrics: Mapping[str, float]) -> Table:
         table = Table(box=None, pad_edge=False, show_header=False)

@@ -1,6 +1,7 @@
 """Room 4: scores and KL → tethered per-token rewards; and the three hands that can hold the string.
 
-`tether` puts −β·(log π_θold − log π_ref) on every token and the score on the last one. KL enters here and nowhere else.
+`tether` puts −β·(log π_θold − log π_ref) on every token and the score on the last one, and a reward's own token rewards
+where it gives any. KL enters here and nowhere else.
 `FixedBeta`, `AdaptiveBeta` and `BudgetBeta` say what β is in the next update, given the KL of this one.
 
 It does not know where scores come from (room 3) or what becomes of the rewards (room 5).
@@ -13,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tether.batch import Rewards, Rollout, Scores
 from tether.config import RewardSettings
+from tether.errors import NonFiniteError, ShapeError
 from tether.numerics import masked_whiten, tethered_rewards
 
 ADAPTIVE_ERROR_CLIP = 0.2
@@ -30,25 +32,41 @@ def tether(scores: Scores, rollout: Rollout, beta: float, settings: RewardSettin
     """Per-token rewards of a rollout: R_t = −β·d_t + score·1[t = T], d_t = log π_θold − log π_ref.
 
     `scores` [batch] in the score's unit; β in units of the score per nat. The rule for responses that did not end by
-    EOS changes the score first, so Σ_t R_t = score − β·Σ_t d_t holds for the scores that `Rewards` carries.
+    EOS changes the score first, so Σ_t R_t = score − β·Σ_t d_t holds for the scores that `Rewards` carries. Token
+    rewards g_t, where there are any, are added as they are: Σ_t R_t = Σ_t g_t + score − β·Σ_t d_t.
 
     Raises what `numerics.tethered_rewards` raises: shapes, non-finite scores, a negative β.
     """
     mask = rollout.response_mask
     adjusted = _score_unfinished(scores.scores, rollout, settings)
-    rewards = tethered_rewards(
+    tokens = _token_rewards(scores, mask)
+    rewards = tokens + tethered_rewards(
         adjusted, rollout.logprobs, rollout.ref_logprobs, mask, beta, allow_negative_beta=settings.allow_negative_beta
     )
-    per_response = rewards.sum(dim=1)
+    per_response, on_tokens = rewards.sum(dim=1), tokens.sum(dim=1)
     metrics = {
         "beta": beta,
         "reward/mean": float(per_response.mean()),
-        "reward/non_score": float((per_response - adjusted).mean()),
-        "objective/tethered": float((scores.scores - beta * rollout.kl).mean()),
+        "reward/non_score": float((per_response - on_tokens - adjusted).mean()),
+        "objective/tethered": float((scores.scores + on_tokens - beta * rollout.kl).mean()),
     }
     if settings.whiten:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
-    return Rewards(rewards=rewards, scores=adjusted, beta=beta, metrics=metrics)
+    given = None if scores.token_rewards is None else tokens
+    return Rewards(rewards=rewards, scores=adjusted, beta=beta, metrics=metrics, token_rewards=given)
+
+
+def _token_rewards(scores: Scores, mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
+    """The reward's own token rewards, 0 where masked or where it gives none."""
+    given = scores.token_rewards
+    if given is None:
+        return torch.zeros(mask.shape, dtype=scores.scores.dtype, device=mask.device)
+    if given.shape != mask.shape:
+        raise ShapeError(f"token rewards are {list(given.shape)} and the responses {list(mask.shape)}; wanted the same")
+    tokens = torch.where(mask, given, 0.0)
+    if not bool(torch.isfinite(tokens).all()):
+        raise NonFiniteError("a token reward is NaN or infinite; wanted a finite number on every token")
+    return tokens
 
 
 def _score_unfinished(
