@@ -51,7 +51,7 @@ HASHED_AT_ONCE = 1 << 20  # bytes
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A reward that changes while a run goes on (a running mean, say) and must go on from where it was."""
+    """What changes while a run goes on, as a reward with a running mean, and must go on from where it was."""
 
     def checkpoint_state(self) -> Mapping[str, object]:
         """What it needs to go on: plain values, as JSON has them."""
@@ -71,8 +71,8 @@ class Snapshot:
     optimiser: Mapping[str, Tensor]
     beta: Mapping[str, object]
     """β's controller: the name of its class, and its fields."""
-    reward: Mapping[str, object] = field(default_factory=dict)
-    """State of a reward that is `Stateful`."""
+    states: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Of all that is `Stateful`: the reward, and what watches the run; plain values."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Checkpoint:
     path: Path
     step: int
     beta: Mapping[str, object]
-    reward: Mapping[str, object]
+    states: Mapping[str, Mapping[str, object]]
     identity: Identity
     digest: str
     """sha256 of the manifest, and so of everything."""
@@ -104,7 +104,7 @@ class Checkpoint:
 
     def snapshot(self) -> Snapshot:
         """Everything, read from disk."""
-        return Snapshot(self.step, self.weights(), load_file(self.path / OPTIMISER), self.beta, self.reward)
+        return Snapshot(self.step, self.weights(), load_file(self.path / OPTIMISER), self.beta, self.states)
 
 
 class Checkpoints:
@@ -262,6 +262,18 @@ def unplain(values: Mapping[str, object], like: Controller) -> Controller:
     return changed
 
 
+def states_of(**things: object) -> dict[str, Mapping[str, object]]:
+    """The states of those that have one, by name."""
+    return {name: thing.checkpoint_state() for name, thing in things.items() if isinstance(thing, Stateful)}
+
+
+def restore_states(states: Mapping[str, Mapping[str, object]], **things: object) -> None:
+    """Give those that have a state theirs back."""
+    for name, thing in things.items():
+        if isinstance(thing, Stateful) and name in states:
+            thing.restore_state(states[name])
+
+
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
 
@@ -279,7 +291,7 @@ def _write(folder: Path, snapshot: Snapshot, identity: Identity) -> None:
         "format": FORMAT,
         "step": snapshot.step,
         "beta": dict(snapshot.beta),
-        "reward": dict(snapshot.reward),
+        "states": dict(snapshot.states),
         "identity": asdict(identity),
         "files": {name: _sha256(folder / name) for name in (WEIGHTS, OPTIMISER)},
     }
@@ -305,7 +317,7 @@ def _read(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise RunError(f"{folder} is torn: {type(error).__name__}: {error}") from error
     return Checkpoint(
-        folder, facts["step"], facts["beta"], facts["reward"], Identity(**facts["identity"]), digest
+        folder, facts["step"], facts["beta"], facts["states"], Identity(**facts["identity"]), digest
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from tether.errors import RunError
 from tether.models import LanguagePolicy
 from tether.reward_model import RewardModel
 
-FREE = ("checkpoint", "evaluation", "keep_samples")
+FREE = ("checkpoint", "evaluation", "keep_samples", "report_to")
 """Sections of the settings that a resumed run may have otherwise: they change what is looked at and kept alone."""
 NAMES = {
     "reference": "the reference (the SFT checkpoint)",
@@ -75,15 +75,20 @@ def made_by() -> dict[str, object]:
     }
 
 
-def require_same_settings(recorded: Mapping[str, object], wanted: RunSettings, advice: str) -> None:
-    """Raise RunError, naming each knob, where settings differ in more than what is looked at and kept."""
+def recorded_settings(recorded: object) -> RunSettings:
+    """The settings that a folder holds. Raises RunError where this version of tether does not know them."""
     try:
-        before = RunSettings.model_validate(recorded).dump()
+        return RunSettings.model_validate(recorded)
     except ValidationError as error:
         raise RunError(
             f"the settings that this run was started with are not those of this version of tether ({error}); use the "
             "version that wrote them, or start a new run"
         ) from error
+
+
+def require_same_settings(recorded: object, wanted: RunSettings, advice: str) -> None:
+    """Raise RunError, naming each knob, where settings differ in more than what is looked at and kept."""
+    before = recorded_settings(recorded).dump()
     old, new = _flat(before), _flat(wanted.dump())
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and name.split(".")[0] not in FREE]
     if changed:
@@ -149,7 +154,7 @@ def of_prompts(ids: Sequence[Sequence[int]]) -> str:
 
 
 def of_reward(reward: object) -> str:
-    """Of a reward: the weights of a model, the source of a function, and what a reward is made of.
+    """Of a reward: the weights of a model, the source of a function, and the public attributes of what is made of them.
 
     A reward with a method `digest()` speaks for itself. What cannot be looked into counts by its name.
     """
@@ -191,7 +196,8 @@ def _told_by_kind(thing: object, name: str, depth: int) -> str:
         return str([_told(entry, depth) for entry in thing])
     if is_dataclass(thing):
         return f"{name} {_told({one.name: getattr(thing, one.name) for one in fields(thing)}, depth)}"
-    return f"{name} {_source(type(thing))}"
+    public = {key: value for key, value in getattr(thing, "__dict__", {}).items() if not key.startswith("_")}
+    return f"{name} {_source(type(thing))} {_told(public, depth)}"
 
 
 def _source(code: object) -> str:

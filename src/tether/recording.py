@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import numpy as np
@@ -22,7 +22,8 @@ from rich.table import Table
 
 from tether.alarms import Alarm
 from tether.batch import Reward, Rollout, plain_text
-from tether.checkpoint import Checkpoints, Identity
+from tether.checkpoint import Checkpoints, Identity, states_of
+from tether.evaluation import Judged
 from tether.records import Sample
 from tether.scores import score
 from tether.store import RunStore
@@ -76,6 +77,27 @@ def _sample(record: Record, row: int) -> Sample:
     )
 
 
+def probes(judged: Judged, step: int, beta: float) -> list[Sample]:
+    """Held-out responses as samples of the split `probe`, with every judge's score in their columns."""
+    samples: list[Sample] = []
+    for rollout in judged.rollouts:
+        for row in range(len(rollout)):
+            place, mask = len(samples), rollout.response_mask[row]
+            scores = {name: float(every[place]) for name, every in judged.scores.items()}
+            kl = float(rollout.kl[row])
+            samples.append(
+                Sample(
+                    step=step, row=place, prompt=plain_text(rollout.prompts.texts[row]), response=rollout.texts[row],
+                    score=scores["score"], reward_total=scores["score"] - beta * kl, kl=kl,
+                    tokens=rollout.sequences.responses[row][mask].cpu().numpy(),
+                    logprobs=np.asarray(rollout.logprobs[row][mask].cpu()),
+                    ref_logprobs=np.asarray(rollout.ref_logprobs[row][mask].cpu()),
+                    split="probe", columns=scores,
+                )
+            )  # fmt: skip
+    return samples
+
+
 def judge_scores(judges: Mapping[str, Reward], rollout: Rollout) -> dict[str, float]:
     """Mean score of the update's own responses by judges that are not optimised: `score/gold`, `score/holdout`."""
     return {f"score/{name}": score(judge, rollout).metrics["score/mean"] for name, judge in judges.items()}
@@ -123,6 +145,8 @@ class Saver:
     checkpoints: Checkpoints
     identity: Identity
     store: RunStore
+    watch: object = None
+    """What looks at the run; its state is saved where it has one."""
 
     def is_due(self) -> bool:
         """Whether a checkpoint belongs here."""
@@ -132,7 +156,9 @@ class Saver:
     def save(self) -> None:
         """Rows first, then the state that goes on behind them. Raises RunError where the disk is full."""
         self.store.flush(self.run.step)
-        self.checkpoints.save(self.run.snapshot(), self.identity, self._worth())
+        snapshot = self.run.snapshot()
+        states = {**snapshot.states, **states_of(watch=self.watch)}
+        self.checkpoints.save(replace(snapshot, states=states), self.identity, self._worth())
 
     def _worth(self) -> dict[int, float]:
         """The metric by which the best checkpoint is kept, by step."""

@@ -15,9 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import cast
 
-import numpy as np
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
@@ -25,17 +23,24 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tether import __version__
-from tether.batch import Reward, plain_text
-from tether.checkpoint import Checkpoint, Checkpoints, Identity, plain
+from tether.batch import Reward
+from tether.checkpoint import Checkpoint, Checkpoints, Identity, plain, restore_states
 from tether.config import RunSettings
 from tether.errors import ConfigError, RunError
 from tether.evaluation import Judged, evaluate, summarise
-from tether.identity import differences, identify, made_by, require_same_digests, require_same_settings
+from tether.identity import (
+    differences,
+    identify,
+    made_by,
+    recorded_settings,
+    require_same_digests,
+    require_same_settings,
+)
 from tether.loading import Source
 from tether.models import LanguagePolicy, load_policy
 from tether.prompts import PromptSet, PromptSource, encode
-from tether.recording import Keeper, Saver, Screen
-from tether.records import Sample, Status
+from tether.recording import Keeper, Saver, Screen, probes
+from tether.records import Status
 from tether.rewards import controller
 from tether.runtime.interrupt import Interrupt
 from tether.runtime.memory import keep_freed_memory
@@ -176,8 +181,10 @@ class Session:
         with Interrupt(STOPPING) as interrupt, Screen(self.console, knobs.steps, title, start) as screen:
             keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples)
             run = Run(self.policy, judges.reward, prompts, knobs, keeper)
-            self._take_up(run, heldout)
-            train(run, self._between(Saver(run, self.checkpoints, identity, self.store), heldout, interrupt))
+            watch = getattr(keeper, "watch", None)
+            self._take_up(run, heldout, watch)
+            saver = Saver(run, self.checkpoints, identity, self.store, watch)
+            train(run, self._between(saver, heldout, interrupt))
 
     def _identify(self, prompts: PromptSource) -> Identity:
         """What this run is. Raises RunError where its folder says that it is another."""
@@ -189,12 +196,13 @@ class Session:
         self.store.put("digests", dict(identity.digests))
         return identity
 
-    def _take_up(self, run: Run, heldout: PromptSource) -> None:
+    def _take_up(self, run: Run, heldout: PromptSource, watch: object) -> None:
         """Go on from the checkpoint; what `run.db` holds of later updates is dropped, to be made again."""
         if self.start is not None:
             if self.start.step:
                 self.reference = self._judge(heldout)  # the weights are still the reference's own
             run.restore(self.start.snapshot())
+            restore_states(self.start.states, watch=watch)
             self.checkpoints.point_at(run.step)
         self.store.truncate_after(run.step - 1)
 
@@ -222,27 +230,6 @@ class Session:
             entry.metrics(summarise(judged, self.reference))
             for probe in probes(judged, step, self.settings.ppo.reward.beta):
                 entry.sample(probe)
-
-
-def probes(judged: Judged, step: int, beta: float) -> list[Sample]:
-    """Held-out responses as samples of the split `probe`, with every judge's score in their columns."""
-    samples: list[Sample] = []
-    for rollout in judged.rollouts:
-        for row in range(len(rollout)):
-            place, mask = len(samples), rollout.response_mask[row]
-            scores = {name: float(every[place]) for name, every in judged.scores.items()}
-            kl = float(rollout.kl[row])
-            samples.append(
-                Sample(
-                    step=step, row=place, prompt=plain_text(rollout.prompts.texts[row]), response=rollout.texts[row],
-                    score=scores["score"], reward_total=scores["score"] - beta * kl, kl=kl,
-                    tokens=rollout.sequences.responses[row][mask].cpu().numpy(),
-                    logprobs=np.asarray(rollout.logprobs[row][mask].cpu()),
-                    ref_logprobs=np.asarray(rollout.ref_logprobs[row][mask].cpu()),
-                    split="probe", columns=scores,
-                )
-            )  # fmt: skip
-    return samples
 
 
 def train_run(
@@ -284,7 +271,7 @@ def resume_run(
         checkpoints = Checkpoints(folder / CHECKPOINTS, chosen.checkpoint)
         start = checkpoints.newest(lambda text: console.print(text, soft_wrap=True), _rows(store))
         recorded = store.meta()["config"] if start is None else start.identity.settings
-        require_same_settings(cast(Mapping[str, object], recorded), chosen, _elsewhere(folder))
+        require_same_settings(recorded, chosen, _elsewhere(folder))
         if _is_finished(store, chosen):
             console.print(f"{folder} is finished: {chosen.ppo.steps} updates", soft_wrap=True)
             return folder
@@ -312,7 +299,7 @@ def fork_run(parent: Path, step: int | None, root: Path, name: str, settings: Ru
             f"the fork starts at update {start.step} and its settings end at {settings.ppo.steps}; wanted more: "
             f"try --steps {2 * start.step}"
         )
-    before = RunSettings.model_validate(start.identity.settings)
+    before = recorded_settings(start.identity.settings)
     snapshot = start.snapshot()
     if settings.ppo.reward != before.ppo.reward:
         snapshot = replace(snapshot, beta=plain(controller(settings.ppo.reward)))

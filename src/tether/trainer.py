@@ -15,7 +15,7 @@ import torch
 
 from tether.advantages import estimate
 from tether.batch import Experience, Outcome, Policy, Reward, Rewards, Rollout, Scores
-from tether.checkpoint import Snapshot, Stateful, load_weights, plain, unplain
+from tether.checkpoint import Snapshot, load_weights, plain, restore_states, states_of, unplain
 from tether.config import PPOSettings
 from tether.optimiser import Optimiser, numbered
 from tether.prompts import PromptSource
@@ -75,17 +75,15 @@ class Run:
 
     def snapshot(self) -> Snapshot:
         """The state that the next update starts from."""
-        reward = self.reward.checkpoint_state() if isinstance(self.reward, Stateful) else {}
-        weights = numbered(self.policy.trainable())
-        return Snapshot(self.step, weights, self.optimiser.state(), plain(self.beta), reward)
+        weights, states = numbered(self.policy.trainable()), states_of(reward=self.reward)
+        return Snapshot(self.step, weights, self.optimiser.state(), plain(self.beta), states)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take up a snapshot of this run. Raises ModelError or RunError where it is of another one."""
         self.beta = unplain(snapshot.beta, self.beta)
         load_weights(self.policy, snapshot.weights)
         self.optimiser.load_state(snapshot.optimiser)
-        if isinstance(self.reward, Stateful):
-            self.reward.restore_state(snapshot.reward)
+        restore_states(snapshot.states, reward=self.reward)
         self.step = snapshot.step
 
 
