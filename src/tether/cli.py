@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "ladder skeleton": Command("tether.ladder.skeleton", "main", "rung 2: the four-model loop in torch, one file"),
     "ladder exact": Command("tether.ladder.exact", "main", "PPO against an optimum that is known exactly"),
     "runs": Command("tether.runs", "main_runs", "list the runs of a folder"),
+    "check": Command("tether.checking", "main", "is the string attached? the verdict on a run, with its evidence"),
     "show": Command("tether.runs", "main_show", "one run as a table with sparklines"),
 }
 

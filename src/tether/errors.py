@@ -8,6 +8,7 @@
     ├── ConfigError       knobs that contradict each other or their bounds; also a ValueError
     ├── ModelError        a model, tokenizer or checkpoint that cannot do what is asked
     ├── RewardError       a reward function or endpoint that failed, hangs or cannot be reached
+    ├── AlarmError        a check failed in a run that shall stop at alarms
     ├── RunError          a run folder that is missing, torn or in use
     └── MissingExtraError an optional dependency is not installed; also an ImportError
 
@@ -47,6 +48,10 @@ class ModelError(TetherError):
 
 class RewardError(TetherError):
     """A reward function or endpoint that failed, does not answer in time or cannot be reached."""
+
+
+class AlarmError(TetherError):
+    """A check failed in a run that shall stop at alarms."""
 
 
 class RunError(TetherError):

@@ -163,6 +163,20 @@ class LanguagePolicy:
         )
         return ReferenceEvaluation(*(lay_out(flat, sequences.response_mask) for flat in (logprobs, divergence)))
 
+    @property
+    def vocab(self) -> int:
+        return self.mode.head.linear.out_features
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end a response."""
+        return frozenset(self._sampler.stops)
+
+    @torch.no_grad()
+    def logits_of(self, sequences: Sequences) -> Float[Tensor, "tokens vocab"]:
+        """z before temperature at every real response token, rows one after the other; for looking at a few rows."""
+        return self.mode.head.logits(self._response_hidden(sequences, self.mode.states)).to(sequences.ids.device)
+
     def decode(self, responses: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> list[str]:
         """The responses as text, special tokens left out."""
         rows = [row[real].tolist() for row, real in zip(responses, mask, strict=True)]

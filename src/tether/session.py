@@ -180,7 +180,7 @@ class Session:
         start = 0 if self.start is None else self.start.step
         with Interrupt(STOPPING) as interrupt, Screen(self.console, knobs.steps, title, start) as screen:
             keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples)
-            run = Run(self.policy, judges.reward, prompts, knobs, keeper)
+            run = Run(self.policy, judges.reward, prompts, knobs, keeper, keeper.watch.before)
             watch = getattr(keeper, "watch", None)
             self._take_up(run, heldout, watch)
             saver = Saver(run, self.checkpoints, identity, self.store, watch)

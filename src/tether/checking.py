@@ -1,0 +1,78 @@
+"""`tether check RUN`: the verdict on a run, with its evidence; `--pluck` pulls at the string of its last checkpoint.
+
+Exit code 0: attached and quiet. 1: alarmed. 2: misused (no such run, or no update yet).
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from tether.alarms import FAILURES
+from tether.database import to_json
+from tether.errors import RunError
+from tether.runs import ROOT, find_run
+from tether.store import RunStore
+from tether.terminal import console_for_output
+from tether.verdict import Standing, Verdict, judge
+
+QUIET, ALARMED, MISUSED = 0, 1, 2
+STYLES = {"NOT ATTACHED": "bold red", "SNAPPED": "bold red", "SLACK": "bold yellow", "TAUT": "bold yellow"}
+
+
+def main(run: str, /, root: Path = ROOT, json: bool = False) -> int:
+    """Say whether the string of a run is attached, and what speaks for it.
+
+    Args:
+        run: The run's name below `root`, or the path of its folder.
+        root: The folder that holds the run folders.
+        json: Print one JSON object instead.
+    """
+    try:
+        with RunStore.open(find_run(run, root)) as store:
+            verdict = judge(store)
+    except RunError as error:
+        print(f"tether check: {error}", file=sys.stderr)
+        return MISUSED
+    if json:
+        print(jsonlib.dumps(jsonlib.loads(to_json(described(verdict))), indent=2))
+    else:
+        show(verdict, console_for_output())
+    return QUIET if verdict.is_quiet else ALARMED
+
+
+def described(verdict: Verdict) -> dict[str, object]:
+    """The verdict as plain values."""
+    return {
+        "verdict": verdict.word,
+        "reason": verdict.reason,
+        "quiet": verdict.is_quiet,
+        "updates": verdict.updates,
+        "numbers": dict(verdict.numbers),
+        "alarms": [asdict(alarm) for alarm in verdict.alarms],
+    }
+
+
+def show(verdict: Verdict, console: Console) -> None:
+    """The word, its reason, and every alarm with what to do."""
+    console.print(verdict.word, style=STYLES.get(verdict.word, "bold green"), end=" ")
+    console.print(f"after {verdict.updates} updates: {verdict.reason}", markup=False, highlight=False)
+    for alarm in verdict.alarms:
+        _show_alarm(alarm, console)
+
+
+def _show_alarm(alarm: Standing, console: Console) -> None:
+    failure = FAILURES[alarm.reason]
+    over = "" if alarm.lasts else ", over by now"
+    console.print()
+    style = "dim" if not alarm.lasts else "red" if alarm.severity == "alarm" else "yellow"
+    console.print(f"{alarm.severity} {alarm.reason}: {failure.title} (update {alarm.step}{over})",
+                  style=style, markup=False, highlight=False)  # fmt: skip
+    rows = {"seen": alarm.seen, "why": failure.why, "do": alarm.remedy, "unless": failure.alike}
+    for name, text in rows.items():
+        if text:
+            console.print(f"  {name:<7} {text}", markup=False, highlight=False, soft_wrap=True)

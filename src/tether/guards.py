@@ -1,0 +1,193 @@
+"""Guards over the run's own numbers: relations that healthy runs keep, and trends that mean trouble.
+
+    metrics of each update ──▶ Trends.check ──▶ alarms
+
+A guard alarms when its relation fails in 3 of 5 updates, for what is measured on one batch is noisy. What moves by
+design (K, score, length) is never alarmed for moving. Knows no tensor, so that it can be asked of a run that is over.
+Read next: `failures.toml`, where each is explained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+from tether.alarms import Alarm
+from tether.config import PPOSettings
+from tether.records import Severity
+
+OF, NEEDED = 5, 3
+"""A guard trips when NEEDED of the last OF updates fail."""
+START = 5
+"""Updates whose mean is the run's start."""
+SETTLED = 50
+"""Updates after which a string may be called slack or taut."""
+WINDOW = 20
+TRACKED = (
+    "score/mean", "kl/mean", "beta", "entropy/per_token", "length/mean", "ppo/approx_kl", "learning_rate",
+)  # fmt: skip
+
+
+class _Known(dict[str, float]):
+    """Numbers by name; one that was not logged is NaN, which no guard trips on."""
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
+
+
+@dataclass
+class Trends:
+    """The numbers of a run so far, and how often each guard failed of late."""
+
+    settings: PPOSettings
+    history: dict[str, list[float]] = field(default_factory=dict)
+    _failed: dict[str, deque[bool]] = field(default_factory=dict)
+
+    def check(self, metrics: Mapping[str, float], distinct: int = 2) -> Iterator[Alarm]:
+        """Take in one update's metrics, and say what does not hold. `distinct`: how many different texts it had."""
+        now = _Known(metrics)
+        for name in TRACKED:
+            self.history.setdefault(name, []).append(now[name])
+        yield from self._scores(now, distinct)
+        for guard in (self._update, self._entropy, self._length, self._values, self._string, self._controller):
+            yield from guard(now)
+
+    def _scores(self, now: Mapping[str, float], distinct: int) -> Iterator[Alarm]:
+        flat = now["score/std"] <= 1e-6 * (1.0 + abs(now["score/mean"])) and distinct > 1
+        if self._trips("zero_variance_scores", flat, needed=2, of=2):
+            seen = f"{distinct} different responses all score {now['score/mean']:.4g}, two updates running"
+            yield Alarm("zero_variance_scores", seen, {"score": now["score/mean"], "texts": distinct})
+
+    def _update(self, now: Mapping[str, float]) -> Iterator[Alarm]:
+        drift, clipped = now["ppo/approx_kl"], now["ppo/clip_fraction"]
+        if self._trips("too_many_epochs", drift > 0.1 or clipped > 0.4):
+            seen = f"an update ends {drift:.3g} nats a token from where it began, with {clipped:.0%} of tokens clipped"
+            yield Alarm("too_many_epochs", seen, {"approx_kl": drift, "clip_fraction": clipped})
+        drifts = self.history["ppo/approx_kl"]
+        if len(drifts) == 30:
+            first, later = max(drifts[:5]), median(drifts[10:])
+            if first > 5.0 * later and first > 0.05:
+                seen = f"approx-KL was {first:.3g} in the first five updates and {later:.3g} later"
+                yield Alarm("adam_spike", seen, {"first": first, "later": later})
+
+    def _entropy(self, now: Mapping[str, float]) -> Iterator[Alarm]:
+        start = self._start("entropy/per_token")
+        if start is None or start <= 0.0:
+            return
+        share = now["entropy/per_token"] / start
+        evidence = {"start": start, "now": now["entropy/per_token"]}
+        low, high = self._trips("entropy low", share < 0.35), self._trips("entropy high", share > 1.8)
+        lowish, highish = self._trips("entropy lowish", share < 0.6), self._trips("entropy highish", share > 1.3)
+        seen = f"entropy is {share:.2f} of its start"
+        if low or lowish:
+            yield Alarm("entropy_collapse", seen, evidence, _grave(low))
+        if high or highish:
+            yield Alarm("entropy_explosion", seen, evidence, _grave(high))
+
+    def _length(self, now: Mapping[str, float]) -> Iterator[Alarm]:
+        start, score = self._start("length/mean"), self._start("score/mean")
+        if start is None or score is None:
+            return
+        share = now["length/mean"] / start
+        extreme = not 0.25 <= share <= 1.5 and self._follows("length/mean", "score/mean")
+        if self._trips("length", extreme):
+            yield Alarm("length", f"replies are {share:.2f} × as long as at the start, and the score follows",
+                        {"start": start, "now": now["length/mean"]}, "warning")  # fmt: skip
+
+    def _values(self, now: Mapping[str, float]) -> Iterator[Alarm]:
+        explained = now["value/explained_variance"]
+        late = self._updates() > 10
+        if self._trips("value_too_big", late and explained < -0.5):
+            yield Alarm("value_too_big", f"the value head explains {explained:.2f} of the returns' variance",
+                        {"explained_variance": explained})  # fmt: skip
+        idle = now["value/mean"] == 0.0 and self._updates() > 1 and self.settings.update.value_coef > 0
+        if self._trips("value_dead", idle and now["loss/value"] > 0.0, needed=3, of=3):
+            yield Alarm("value_dead", "the value head still says 0 everywhere", {"loss": now["loss/value"]})
+
+    def _string(self, now: Mapping[str, float]) -> Iterator[Alarm]:
+        kl, beta, knobs = now["kl/mean"], now["beta"], self.settings.reward
+        if self._trips("no_string", beta == 0.0):
+            yield Alarm("no_string", f"β is 0 and K is {kl:.3g} nats", {"kl": kl})
+        beyond = knobs.controller != "fixed" and kl > 1.5 * knobs.target_kl and self._updates() > SETTLED
+        if self._trips("budget_exceeded", beyond):
+            yield Alarm("budget_exceeded", f"K is {kl:.3g} nats and the target {knobs.target_kl:g}",
+                        {"kl": kl, "target": knobs.target_kl})  # fmt: skip
+        start, price = self._start("score/mean"), beta * kl
+        if start is None or self._updates() < SETTLED:
+            return
+        gain = self._recent("score/mean") - start
+        if self._trips("string_taut", beta > 0 and gain < 0.1 and self._recent("kl/mean") < 0.5 and self._moves()):
+            yield Alarm("string_taut", f"in {self._updates()} updates the score gained {gain:.2f} at K = {kl:.2f} nats",
+                        {"gain": gain, "kl": kl}, "warning")  # fmt: skip
+        if self._trips("string_slack", 0.0 < price < 0.1 * gain and self._drifts_for_nothing(beta)):
+            yield Alarm("string_slack", f"the string costs {price:.3g} of a gain of {gain:.3g}, and K still rises",
+                        {"gain": gain, "price": price, "kl": kl}, "warning")  # fmt: skip
+
+    def _controller(self, now: Mapping[str, float]) -> Iterator[Alarm]:
+        if self.settings.reward.controller == "fixed":
+            return
+        turns = _turns(self.history["beta"][-40:], swing=0.2)
+        if self._trips("controller_hunts", turns >= 4):
+            yield Alarm("controller_hunts", f"in 40 updates β turned {turns} times by over 20 %",
+                        {"turns": turns, "beta": now["beta"]})  # fmt: skip
+
+    # ── the run so far ──────────────────────────────────────────────────────────────────────────────────────────────
+    def _trips(self, guard: str, fails: bool, needed: int = NEEDED, of: int = OF) -> bool:
+        """Whether the guard failed in `needed` of the last `of` updates, this one among them."""
+        recent = self._failed.setdefault(guard, deque(maxlen=of))
+        recent.append(bool(fails))
+        return bool(fails) and sum(recent) >= needed
+
+    def _updates(self) -> int:
+        return len(self.history["kl/mean"])
+
+    def _start(self, name: str) -> float | None:
+        values = self.history[name]
+        return fmean(values[:START]) if len(values) > START else None
+
+    def _recent(self, name: str) -> float:
+        return fmean(self.history[name][-WINDOW:])
+
+    def _moves(self) -> bool:
+        """Whether the learning rate still lets anything happen."""
+        rates = self.history["learning_rate"]
+        return not rates[-1] <= 0.05 * max(rates)
+
+    def _follows(self, one: str, other: str) -> bool:
+        """Whether two curves of the last updates move together."""
+        a, b = self.history[one][-2 * WINDOW :], self.history[other][-2 * WINDOW :]
+        return _correlation(a, b) > 0.5
+
+    def _drifts_for_nothing(self, beta: float) -> bool:
+        """Whether K rises over the last updates by more than its noise, and each nat bought less than β."""
+        kl, score = self.history["kl/mean"], self.history["score/mean"]
+        nats = fmean(kl[-WINDOW // 2 :]) - fmean(kl[-WINDOW : -WINDOW // 2])
+        bought = fmean(score[-WINDOW // 2 :]) - fmean(score[-WINDOW : -WINDOW // 2])
+        return nats > 0.05 * abs(kl[-1]) and bought < beta * nats
+
+
+def _turns(values: list[float], swing: float) -> int:
+    """How often the curve turned round after moving by more than `swing`, relative."""
+    turns, extreme, direction = 0, values[0], 0
+    for value in values:
+        if (direction >= 0 and value > extreme) or (direction < 0 and value < extreme):
+            extreme = value
+        if extreme > 0 and abs(value / extreme - 1.0) > swing:
+            new = 1 if value > extreme else -1
+            turns += direction != 0 and new != direction
+            direction, extreme = new, value
+    return turns
+
+
+def _correlation(a: list[float], b: list[float]) -> float:
+    mean_a, mean_b = fmean(a), fmean(b)
+    cross = sum((x - mean_a) * (y - mean_b) for x, y in zip(a, b, strict=True))
+    size = math.sqrt(sum((x - mean_a) ** 2 for x in a) * sum((y - mean_b) ** 2 for y in b))
+    return cross / size if size > 0 else 0.0
+
+
+def _grave(grave: bool) -> Severity:
+    return "alarm" if grave else "warning"

@@ -1,0 +1,221 @@
+"""What models must keep to, whatever is trained: fixed rows, fixed texts and fixed weights, looked at again and again.
+
+    ReferenceProbe   the reference says the same of the same rows, its weights stay, nothing trained is its memory
+    PassProbe        two passes over the same rows agree, with any amount of padding, and with the rollout
+    RewardProbe      the reward gives the same texts the same scores, and the update's texts the update's scores
+
+A policy of another kind than `LanguagePolicy` is known by what it says alone. Draws nothing at random, keeps no
+gradient and changes no weight. Read next: `watch.py`, which says when each is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tether.alarms import Alarm
+from tether.batch import Policy, Reward, Rollout, Scores, ScoresRollouts, Sequences
+from tether.checks import Tolerance
+from tether.models import LanguagePolicy, shares_storage
+
+PROBE_ROWS, PROBE_TOKENS = 2, 16
+"""Of the reference's probe: short, so that it can be asked in every update."""
+PADS = (7, 31)
+SUMMED_AT_ONCE = 2**22
+"""Weights read anew in one update: a few milliseconds."""
+SAME_SCORE = 1e-4
+"""Relative: two scores of one text in the same batch."""
+SAME_PATH = {torch.float32: 0.02, torch.bfloat16: 0.3, torch.float16: 0.3}
+"""In the score's unit: one text scored in two batches of another shape."""
+
+
+class ReferenceProbe:
+    """The anchor: fixed rows under the reference, and every weight that it is computed from."""
+
+    def __init__(self, policy: Policy, rollout: Rollout, temperature: float, tolerance: Tolerance) -> None:
+        self._policy, self._temperature, self._tolerance = policy, temperature, tolerance
+        self._rows = _short_rows(rollout.sequences)
+        self._said = self._ask()
+        self._weights = reference_weights(policy)
+        self._sums = [_sum(weight) for weight in self._weights]
+        self._versions = [_version(weight) for weight in self._weights]
+        self._next = 0
+
+    def check(self) -> Iterator[Alarm]:
+        """Asks the same rows again, and reads some of the weights again, the next ones at each call."""
+        moved = float((self._ask() - self._said).abs().max())
+        changed = self._changed()
+        if moved > 0.1 * self._tolerance.start or changed:
+            seen = f"log π_ref of fixed rows has changed by up to {moved:.3g} nats a token"
+            if changed:
+                seen += f", and {len(changed)} of its weights have been written to"
+            yield Alarm("reference_moves", seen, {"largest_change": moved, "weights": changed[:8]})
+
+    def _ask(self) -> Tensor:
+        return self._policy.evaluate_reference(self._rows, self._temperature).logprobs.double()
+
+    def _changed(self) -> list[str]:
+        """Weights whose sum of bits has changed: those written to since the last call, and the next few in turn."""
+        now = [_version(weight) for weight in self._weights]
+        suspects = {place for place, version in enumerate(now) if version != self._versions[place]}
+        self._versions = now
+        suspects |= set(self._turn())
+        bad = [place for place in sorted(suspects) if _sum(self._weights[place]) != self._sums[place]]
+        return [f"{place} {list(self._weights[place].shape)}" for place in bad]
+
+    def _turn(self) -> Iterator[int]:
+        read = 0
+        for _ in self._weights:
+            if read >= SUMMED_AT_ONCE:
+                return
+            place, self._next = self._next, (self._next + 1) % len(self._weights)
+            read += self._weights[place].numel()
+            yield place
+
+
+def reference_weights(policy: Policy) -> list[Tensor]:
+    """Every weight that the reference is computed from; none where the policy does not tell."""
+    return list(policy.mode.reference()) if isinstance(policy, LanguagePolicy) else []
+
+
+def check_storage(policy: Policy, optimised: Sequence[Tensor]) -> Iterator[Alarm]:
+    """Neither a trainable weight nor one that the optimiser holds shares memory with the reference."""
+    if isinstance(policy, LanguagePolicy) and shares_storage(policy):
+        yield Alarm("reference_moves", "a trained weight and a weight of the reference are the same memory", {})
+        return
+    anchored = _storages(reference_weights(policy))
+    held = [tensor for tensor in optimised if tensor.untyped_storage().data_ptr() in anchored]
+    if held:
+        yield Alarm(
+            "reference_moves",
+            f"the optimiser holds {len(held)} weights that the reference is computed from",
+            {"weights": [list(tensor.shape) for tensor in held[:8]]},
+        )
+
+
+class PassProbe:
+    """The shortest responses of a rollout, evaluated again: twice as they are, and with more padding."""
+
+    def __init__(self, policy: Policy, rollout: Rollout, temperature: float, tolerance: Tolerance) -> None:
+        self._policy, self._temperature, self._tolerance = policy, temperature, tolerance
+        self._index = rollout.sequences.lengths.argsort()[:PROBE_ROWS]
+        self._rows = replace(rollout.sequences.rows(self._index), states=None)
+        width = self._rows.response_mask.shape[1]
+        self._rollout = rollout.logprobs[self._index, :width]
+        self._rollout_reference = rollout.ref_logprobs[self._index, :width]
+
+    @torch.no_grad()
+    def check(self) -> Iterator[Alarm]:
+        """Dropout first: where two equal passes differ, nothing can be said of padding."""
+        asked = (("π", self._of_policy, self._rollout), ("π_ref", self._of_reference, self._rollout_reference))
+        for who, ask, rollout in asked:
+            once = ask(self._rows)
+            again = _rms(once - ask(self._rows), self._rows)
+            if again > 0.1 * self._tolerance.logprob:
+                yield Alarm("dropout_on", f"two passes over the same rows differ by {again:.3g} nats in log {who}",
+                            {"who": who, "rms": again})  # fmt: skip
+                continue
+            distances = {pads: _rms(once - ask(_padded(self._rows, pads)), self._rows) for pads in PADS}
+            distances[0] = _rms(once - rollout, self._rows)
+            worst = max(distances, key=lambda pads: distances[pads])
+            if distances[worst] > self._tolerance.logprob:
+                what = f"with {worst} more columns of padding" if worst else "outside of their batch"
+                yield Alarm(
+                    "padding_leak",
+                    f"log {who} of the same responses differs by {distances[worst]:.3g} nats a token {what}",
+                    {"who": who} | {f"rms_{pads}_pads": distance for pads, distance in distances.items()},
+                )
+
+    def ignores_temperature(self) -> bool:
+        """Whether the reference says the same at another temperature: then it was never tempered."""
+        cold, hot = (self._policy.evaluate_reference(self._rows, t).logprobs for t in (1.0, 2.0))
+        return bool(torch.equal(cold, hot))
+
+    def _of_policy(self, rows: Sequences) -> Tensor:
+        return self._policy.evaluate(rows, self._temperature).logprobs
+
+    def _of_reference(self, rows: Sequences) -> Tensor:
+        return self._policy.evaluate_reference(rows, self._temperature).logprobs
+
+
+class RewardProbe:
+    """A reward model asked again. A user's own function is never called for a check: a call may cost or count."""
+
+    def __init__(self, reward: Reward, rollout: Rollout) -> None:
+        self._reward = reward if isinstance(reward, ScoresRollouts) else None
+        self._prompts, self._texts = rollout.prompts.texts[:PROBE_ROWS], rollout.texts[:PROBE_ROWS]
+        self._columns = {name: values[:PROBE_ROWS] for name, values in rollout.prompts.columns.items()}
+        self._scores = self._ask()
+
+    def check(self, rollout: Rollout, scores: Scores) -> Iterator[Alarm]:
+        """The fixed texts, and the first of this update's."""
+        now = self._ask()
+        drift = max((abs(a - b) / (1.0 + abs(b)) for a, b in zip(now, self._scores, strict=True)), default=0.0)
+        if drift > SAME_SCORE:
+            yield Alarm("reward_drift", f"the same texts scored {_few(self._scores)} at the start and {_few(now)} now",
+                        {"start": self._scores, "now": now})  # fmt: skip
+        elif self._reward is not None:
+            yield from self._check_path(rollout, scores)
+
+    def _check_path(self, rollout: Rollout, scores: Scores) -> Iterator[Alarm]:
+        fresh = RewardProbe(self._reward, rollout)._scores if self._reward is not None else []
+        given: list[float] = scores.scores[: len(fresh)].tolist()
+        distance = max((abs(a - b) for a, b in zip(fresh, given, strict=True)), default=0.0)
+        dtype = getattr(getattr(self._reward, "model", None), "dtype", torch.float32)
+        if distance > SAME_PATH.get(dtype, 0.02):
+            yield Alarm(
+                "reward_skew",
+                f"the update scored its first responses {_few(given)}; the reward says {_few(fresh)} of their texts",
+                {"update": given, "asked_again": fresh},
+            )
+
+    def _ask(self) -> list[float]:
+        if self._reward is None:
+            return []
+        return [float(score) for score in self._reward(self._prompts, self._texts, **self._columns)]
+
+
+# ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _short_rows(sequences: Sequences) -> Sequences:
+    """The first tokens of the longest rows, half of them as if they were a response."""
+    index = sequences.lengths.argsort(descending=True)[:PROBE_ROWS]
+    length = min(PROBE_TOKENS, int(sequences.lengths[index].min()))
+    prompt = max(1, length // 2)
+    lengths = torch.full((len(index),), prompt, device=sequences.ids.device)
+    return Sequences(sequences.ids[index, :length].clone(), lengths, torch.full_like(lengths, length - prompt))
+
+
+def _padded(rows: Sequences, pads: int) -> Sequences:
+    """The same rows with more columns on the right, holding a token that means something."""
+    return replace(rows, ids=torch.nn.functional.pad(rows.ids, (0, pads), value=int(rows.ids[0, 0])))
+
+
+def _rms(difference: Float[Tensor, "batch response"], rows: Sequences) -> float:
+    return float(difference[rows.response_mask].double().pow(2).mean().sqrt())
+
+
+# ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sum(weight: Tensor) -> int:
+    """Σ of the weight's bits as integers: a write that changes a bit changes the sum, but for a permutation."""
+    bits: Int[Tensor, "numbers"] = weight.detach().contiguous().view(-1).view(_BITS[weight.element_size()])
+    return int(bits.sum(dtype=torch.int64))
+
+
+def _version(weight: Tensor) -> int:
+    """How often the weight was written to in place, as autograd counts; −1 where it does not."""
+    return -1 if weight.is_inference() else weight._version
+
+
+def _storages(tensors: Sequence[Tensor]) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def _few(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.3g}" for number in numbers)

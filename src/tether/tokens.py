@@ -1,0 +1,176 @@
+"""What the policy's full distribution says of each drawn token: the facts that sampler honesty is judged by.
+
+    logits [tokens, vocab] + drawn tokens ──▶ Facts: for every transform h of the sampler, log q_h(y) − log π(y)
+
+q_h is what y would have been drawn from, had the sampler applied h: a temperature, a cut by rank, nucleus or share, a
+ban of the EOS, a penalty on what was said before, or the distribution one place back. Each is a probability that is
+known before y is drawn, so the ratio q_h/π has expectation 1 under an honest sampler. Read next: `honesty.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+TEMPERATURES = (0.01, 0.3, 0.5, 0.6, 0.7, 0.8, 0.87, 0.94, 1.06, 1.15, 1.3, 1.5, 2.0)
+"""The sampler's over the policy's."""
+RANKS = (2, 3, 5, 8, 10, 15, 20, 30, 40, 50, 64, 100, 128, 200, 256)
+MASSES = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+LENGTHS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 10**9)
+PENALTIES = (1.02, 1.05, 1.1, 1.2, 1.3, 1.5)
+DOUBT = 0.01
+"""Share of π in every q_h: round-off may carry a token over a cut, and must not refute it."""
+IMPOSSIBLE = -1e4
+
+FAMILIES: dict[str, tuple[float, ...]] = {
+    "temperature_mismatch": TEMPERATURES,
+    "top_k": RANKS,
+    "top_p": MASSES,
+    "min_p": SHARES,
+    "min_length": LENGTHS,
+    "repetition_penalty": PENALTIES,
+    "off_by_one": (-1.0,),
+    "stale_sampler": (0.0,),
+}
+"""The transforms that are told apart, by the failure's name, each with its grid of values."""
+HYPOTHESES: tuple[tuple[str, float], ...] = tuple((name, value) for name, grid in FAMILIES.items() for value in grid)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The real response tokens of some rows, laid end to end, and where each stands."""
+
+    tokens: Int[Tensor, "tokens"]
+    place: Int[Tensor, "tokens"]
+    """t, counted from the response's first token."""
+    seen: Int[Tensor, "tokens total"]
+    """The ids of the token's row."""
+    known: Bool[Tensor, "tokens total"]
+    """True on the ids before the token, each id once."""
+    ref_logprobs: Float[Tensor, "tokens"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of each drawn token."""
+
+    logprobs: Float[Tensor, "tokens"]
+    """log π(y)."""
+    surprise: Float[Tensor, "tokens"]
+    """−log π(y) − H(π): mean 0 under an honest sampler."""
+    variance: Float[Tensor, "tokens"]
+    """Of the surprise, under π."""
+    above: Float[Tensor, "tokens"]
+    """Probability of all tokens likelier than y."""
+    rank: Int[Tensor, "tokens"]
+    """How many are likelier than y."""
+    ratios: Float[Tensor, "tokens hypotheses"]
+    """log q_h(y) − log π(y), without doubt."""
+    ahead: Float[Tensor, "tokens"]
+    """log of y's probability one place on, minus log π(y); 0 at the end of a row. No wager: that place has seen y."""
+
+    @staticmethod
+    def join(parts: list[Facts]) -> Facts:
+        return Facts(*(torch.cat([getattr(part, name) for part in parts]) for name in Facts.__dataclass_fields__))
+
+
+def facts_of(logits: Float[Tensor, "tokens vocab"], drawn: Drawn, temperature: float, stops: frozenset[int]) -> Facts:
+    """The facts of one group of rows. `logits` are the policy's, before temperature, float32."""
+    scaled = logits / temperature
+    every = torch.log_softmax(scaled, dim=-1)
+    chances = every.exp()
+    own = every.gather(1, drawn.tokens[:, None])
+    chance = own.exp()
+    likelier = chances > chance
+    entropy = -(chances * every.clamp(min=IMPOSSIBLE)).sum(dim=1)
+    back, ahead = _shifted(every, drawn)
+    ratios = [
+        _tempered(scaled, own, drawn.tokens),
+        _cut(chances, chance, likelier),
+        _unended(chances, drawn, stops),
+        _penalised(logits, own, drawn, temperature),
+        (back - own[:, 0])[:, None],
+        (drawn.ref_logprobs - own[:, 0])[:, None],
+    ]
+    return Facts(
+        logprobs=own[:, 0],
+        surprise=-own[:, 0] - entropy,
+        variance=(chances * every.clamp(min=IMPOSSIBLE) ** 2).sum(dim=1) - entropy**2,
+        above=(chances * likelier).sum(dim=1),
+        rank=likelier.sum(dim=1),
+        ratios=torch.cat(ratios, dim=1),
+        ahead=ahead - own[:, 0],
+    )
+
+
+def doubted(ratios: Float[Tensor, "tokens hypotheses"]) -> Float[Tensor, "tokens hypotheses"]:
+    """log((1 − ε)·q_h/π + ε): still a ratio of probabilities, and never far below 0."""
+    return torch.log((1.0 - DOUBT) * ratios.double().clamp(max=700.0).exp() + DOUBT)
+
+
+def _tempered(scaled: Tensor, own: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(z/(T·τ))[y] − log π(y) for each τ."""
+    raw = scaled.gather(1, tokens[:, None])
+    columns = [raw / tau - torch.logsumexp(scaled / tau, dim=1, keepdim=True) - own for tau in TEMPERATURES]
+    return torch.cat(columns, dim=1)
+
+
+def _cut(chances: Tensor, chance: Tensor, likelier: Tensor) -> Tensor:
+    """−log(kept mass) where y is kept, for each cut by rank, nucleus and share of the likeliest."""
+    table = chances.topk(min(max(RANKS), chances.shape[1]), dim=1).values
+    cumulative = table.cumsum(dim=1)
+    rank, above = likelier.sum(dim=1, keepdim=True), (chances * likelier).sum(dim=1, keepdim=True)
+    columns = []
+    for k in RANKS:
+        kept = cumulative[:, min(k, cumulative.shape[1]) - 1 :][:, :1]
+        columns.append(torch.where(rank < k, -kept.clamp(max=1.0).log(), IMPOSSIBLE))
+    for p in MASSES:
+        enough = cumulative >= p
+        first = torch.where(enough.any(dim=1, keepdim=True), enough.long().argmax(dim=1, keepdim=True), -1)
+        kept = torch.where(first >= 0, cumulative.gather(1, first.clamp(min=0)), p)
+        columns.append(torch.where(above < p, -kept.clamp(max=1.0).log(), IMPOSSIBLE))
+    for share in SHARES:
+        floor = share * table[:, :1]
+        kept = torch.where(chances >= floor, chances, 0.0).sum(dim=1, keepdim=True)
+        columns.append(torch.where(chance >= floor, -kept.clamp(max=1.0).log(), IMPOSSIBLE))
+    return torch.cat(columns, dim=1)
+
+
+def _unended(chances: Tensor, drawn: Drawn, stops: frozenset[int]) -> Tensor:
+    """−log(1 − π(EOS)) on the first m tokens, unless y is the EOS."""
+    ends = torch.tensor(sorted(stops), dtype=torch.long, device=chances.device)
+    mass = chances[:, ends].sum(dim=1).clamp(max=1.0 - 1e-6)
+    banned = torch.where(torch.isin(drawn.tokens, ends), IMPOSSIBLE, -torch.log1p(-mass))
+    return torch.stack([torch.where(drawn.place < m, banned, 0.0) for m in LENGTHS], dim=1)
+
+
+def _penalised(logits: Tensor, own: Tensor, drawn: Drawn, temperature: float) -> Tensor:
+    """Logits of tokens seen before are divided by θ where positive and multiplied where negative (Keskar 2019)."""
+    total = torch.logsumexp(logits / temperature, dim=1)
+    before = logits.gather(1, drawn.seen)
+    said = ((drawn.seen == drawn.tokens[:, None]) & drawn.known).any(dim=1)
+    raw = logits.gather(1, drawn.tokens[:, None])[:, 0]
+    old = torch.where(drawn.known, (before / temperature - total[:, None]).exp(), 0.0).sum(dim=1)
+    columns = []
+    for theta in PENALTIES:
+        new = torch.where(drawn.known, (_punish(before, theta) / temperature - total[:, None]).exp(), 0.0).sum(dim=1)
+        mine = torch.where(said, _punish(raw, theta), raw) / temperature - total
+        columns.append(mine - torch.log((1.0 - old + new).clamp(min=1e-9)) - own[:, 0])
+    return torch.stack(columns, dim=1)
+
+
+def _punish(logits: Tensor, theta: float) -> Tensor:
+    return torch.where(logits > 0, logits / theta, logits * theta)
+
+
+def _shifted(every: Tensor, drawn: Drawn) -> tuple[Tensor, Tensor]:
+    """log-probability of y at the place before and at the place after, within its row; its own at the row's ends."""
+    here = torch.arange(len(drawn.tokens), device=every.device)
+    is_first = drawn.place == 0
+    is_last = torch.cat([is_first[1:], is_first.new_ones(1)])
+    before, after = torch.where(is_first, here, here - 1), torch.where(is_last, here, here + 1)
+    return every[before, drawn.tokens], every[after, drawn.tokens]

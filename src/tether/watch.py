@@ -1,0 +1,162 @@
+"""Watches a run: asks every check at its time, and says which alarms are new.
+
+    before the policy moves   invariants of the update, probes of the models, sampler honesty
+    after                     the first minibatch's ratio, skipped steps, trends of the metrics
+
+It only looks: no weight, no random stream and no number of the run is touched, so a run that is watched is the run that
+is not. What an alarm does to the run is `on_alarm`. Read next: `verdict.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from tether.alarms import FAILURES, Alarm
+from tether.batch import Experience, Rewards, Rollout, Scores
+from tether.checks import Moment, Tolerance, check, check_outcome, check_start
+from tether.errors import AlarmError
+from tether.guards import Trends
+from tether.honesty import Distributions, Honesty
+from tether.probes import PassProbe, ReferenceProbe, RewardProbe, check_storage
+from tether.trainer import Record, Run
+
+OnAlarm = Literal["log", "stop"]
+"""What an alarm does: an event only, or the end of the run with its folder readable."""
+ALWAYS = 3
+"""Updates at the start in which every probe is asked."""
+EVERY = {"reference": 4, "reward": 10, "passes": 50}
+"""Updates between two questions of a probe, later on."""
+CLEAN_UPDATES = 10
+"""After so many updates without it, a guard's alarm is cleared; what was wrong by an identity stays in the weights."""
+
+
+@dataclass
+class Watch:
+    """The checks of one run; hand `before` to the run as its `watch`, and ask `after` once the update is done."""
+
+    on_alarm: OnAlarm = "log"
+    same_start: bool = True
+    """Whether policy and reference are one model at the start; False where they differ on purpose."""
+    active: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Alarms that last, with the update they were last seen in and their severity."""
+    _found: list[Alarm] = field(default_factory=list)
+    _seconds: float = 0.0
+    _probes: _Probes | None = None
+    _trends: Trends | None = None
+
+    def before(self, run: Run, rollout: Rollout, scores: Scores, rewards: Rewards, experience: Experience) -> None:
+        """Look at the update while the policy is still the one that sampled."""
+        started = time.perf_counter()
+        if self._probes is None:
+            self._probes = _Probes.of(run, rollout)
+            self._trends = Trends(run.settings)
+        probes = self._probes
+        moment = Moment(
+            run.step, run.settings, run.beta.value, rollout, scores, rewards, experience, probes.tolerance, probes.stops
+        )
+        with torch.no_grad():
+            self._found = [*check(moment), *probes.ask(moment)]
+        if run.step == 0 and self.same_start:
+            self._found += self._start(moment)
+        self._seconds = time.perf_counter() - started
+
+    def after(self, record: Record) -> tuple[list[Alarm], list[str]]:
+        """The update's alarms that are new, and the names of those that are over."""
+        started = time.perf_counter()
+        found = list(self._found)
+        if self._probes is not None and self._trends is not None:
+            found += check_outcome(record.outcome, self._probes.tolerance)
+            found += self._trends.check(record.metrics, distinct=len(set(record.rollout.texts)))
+        self._found = []
+        fresh = list(self._fresh(record.step, _once(found)))
+        over = [
+            name
+            for name, (last, _) in self.active.items()
+            if FAILURES[name].kind == "guard" and record.step - last >= CLEAN_UPDATES
+        ]
+        for name in over:
+            del self.active[name]
+        self._seconds += time.perf_counter() - started
+        return fresh, over
+
+    @property
+    def seconds(self) -> float:
+        """What the last update's checks took."""
+        return self._seconds
+
+    def act(self, alarms: Iterable[Alarm]) -> None:
+        """What `on_alarm` asks for. Raises AlarmError where the run shall stop."""
+        grave = [alarm for alarm in alarms if alarm.severity == "alarm"]
+        if grave and self.on_alarm == "stop":
+            told = "; ".join(f"{alarm.failure.title} ({alarm.seen})" for alarm in grave)
+            raise AlarmError(f"stopped by an alarm: {told}. {grave[0].remedy}")
+
+    def _start(self, moment: Moment) -> list[Alarm]:
+        """A start off the reference, unless dropout or padding explains it."""
+        explained = any(alarm.reason in ("dropout_on", "padding_leak") for alarm in self._found)
+        return [] if explained else list(check_start(moment))
+
+    def _fresh(self, step: int, found: Iterable[Alarm]) -> Iterator[Alarm]:
+        for alarm in found:
+            known = self.active.get(alarm.reason)
+            if known is None or (known[1] == "warning" and alarm.severity == "alarm"):
+                yield alarm
+            worst = "alarm" if "alarm" in (alarm.severity, known and known[1]) else alarm.severity
+            self.active[alarm.reason] = (step, worst)
+
+
+@dataclass
+class _Probes:
+    """What is fixed at the first update that is watched, and asked from then on."""
+
+    run: Run
+    first: int
+    tolerance: Tolerance
+    reference: ReferenceProbe
+    reward: RewardProbe
+    honesty: Honesty
+    stops: frozenset[int]
+
+    @staticmethod
+    def of(run: Run, rollout: Rollout) -> _Probes:
+        temperature = run.settings.sampling.temperature
+        tolerance = Tolerance.of(next(iter(run.policy.trainable()["policy"])).dtype)
+        stops = run.policy.stops if isinstance(run.policy, Distributions) else frozenset()
+        return _Probes(
+            run, run.step, tolerance,
+            ReferenceProbe(run.policy, rollout, temperature, tolerance),
+            RewardProbe(run.reward, rollout),
+            Honesty(run.settings.seed, temperature, tolerance),
+            stops,
+        )  # fmt: skip
+
+    def ask(self, moment: Moment) -> Iterator[Alarm]:
+        """Every probe whose turn it is."""
+        run, rollout = self.run, moment.rollout
+        if self._due("reference", moment.step):
+            optimised = [parameter for group in run.optimiser.groups.values() for parameter in group]
+            yield from check_storage(run.policy, optimised)
+            yield from self.reference.check()
+        if self._due("passes", moment.step):
+            yield from PassProbe(run.policy, rollout, run.settings.sampling.temperature, self.tolerance).check()
+        if self._due("reward", moment.step):
+            yield from self.reward.check(rollout, moment.scores)
+        yield from self.honesty.check(run.policy, rollout, moment.step)
+
+    def _due(self, probe: str, step: int) -> bool:
+        since = step - self.first
+        return since < (ALWAYS if probe != "passes" else 1) or since % EVERY[probe] == 0
+
+
+def _once(alarms: Iterable[Alarm]) -> Iterator[Alarm]:
+    """One alarm a reason, the gravest."""
+    told: dict[str, Alarm] = {}
+    for alarm in alarms:
+        if alarm.reason not in told or alarm.severity == "alarm" != told[alarm.reason].severity:
+            told[alarm.reason] = alarm
+    yield from told.values()
