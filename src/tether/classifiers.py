@@ -93,7 +93,11 @@ def _no_classifier(name: str) -> str:
 
 
 def _labels(name: str, labels: int) -> str:
-    return f"the reward model {name} has {labels} labels; wanted one with num_labels=1, whose only logit is the score"
+    return (
+        f"the reward model {name} has {labels} labels; wanted one with num_labels=1, whose only logit is the score. "
+        "Train one (`tether reward`), or give a function that makes one number of its logits, such as "
+        "logits[:, 1] - logits[:, 0]"
+    )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -70,7 +70,7 @@ def as_reward(given: object, *, timeout_seconds: float | None = None) -> Reward:
         return _of_mapping(given, timeout_seconds)
     if callable(given) and not inspect.isclass(given):
         return FunctionReward(given, timeout_seconds=timeout_seconds)
-    if isinstance(given, Iterable) and not inspect.isclass(given):
+    if isinstance(given, Iterable) and not inspect.isclass(given) and not isinstance(given, tuple):
         return _of_list(list(given), timeout_seconds)
     raise InputError(
         f"got {given!r:.80} as a reward; wanted a function (prompts, responses, **columns), a classifier, a path, a "
@@ -100,6 +100,8 @@ def _open(source: str, spec: RewardSpec) -> Reward:
         return as_reward(found, timeout_seconds=spec.timeout_seconds)
     if source.endswith(".py"):
         raise InputError(f"{source!r} names no function in that file; wanted {source}:function")
+    if source.startswith("~"):
+        source = str(Path(source).expanduser())
     return Listed(source) if source.endswith(LISTS) else RewardModel.load(source)
 
 
@@ -112,9 +114,11 @@ def find(path: str, name: str) -> Any:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            here = [known for known, value in vars(module).items() if callable(value) and known[0] != "_"]
+            own = [
+                label for label, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+            ]
             raise InputError(
-                f"{path} has no {name!r}{did_you_mean(name, here)}; functions found: {', '.join(here) or 'none'}"
+                f"{path} has no {name!r}{did_you_mean(name, own)}; it defines: {', '.join(own) or 'nothing'}"
             )
         found = getattr(found, part)
     if inspect.isclass(found):
@@ -127,7 +131,7 @@ def _import(path: str) -> ModuleType:
         if not path.endswith(".py"):
             with _importable(Path.cwd()):
                 return importlib.import_module(path)
-        file = Path(path).resolve()
+        file = Path(path).expanduser().resolve()
         if not file.is_file():
             raise InputError(f"there is no file {path!r} in {Path.cwd()}; wanted file.py:function or module:function")
         with _importable(file.parent):
@@ -181,12 +185,13 @@ def _of_mapping(given: Mapping[Any, Any], timeout_seconds: float | None) -> Rewa
 
 
 def _weighted(part: Any, timeout_seconds: float | None) -> tuple[Reward, float]:
-    if isinstance(part, tuple) and len(part) == 2 and isinstance(part[1], int | float):
-        return as_reward(part[0], timeout_seconds=timeout_seconds), part[1]
-    if isinstance(part, Mapping) and "weight" in part:
-        rest = {key: value for key, value in part.items() if key != "weight"}
-        return as_reward(rest, timeout_seconds=timeout_seconds), part["weight"]
-    return as_reward(part, timeout_seconds=timeout_seconds), 1.0
+    """`part`, `(part, weight)` or `{"source": …, "weight": …}`."""
+    weight: Any = 1.0
+    if isinstance(part, tuple) and len(part) == 2 and not isinstance(part[1], PreTrainedTokenizerBase):
+        part, weight = part
+    elif isinstance(part, Mapping) and "weight" in part:
+        part, weight = {key: value for key, value in part.items() if key != "weight"}, part["weight"]
+    return as_reward(part, timeout_seconds=timeout_seconds), weight
 
 
 def _of_list(given: list[Any], timeout_seconds: float | None) -> Reward:
@@ -197,9 +202,11 @@ def _of_list(given: list[Any], timeout_seconds: float | None) -> Reward:
             "got a list of numbers as a reward; wanted their prompts and responses too: "
             "[{'prompt': …, 'response': …, 'score': …}, …]"
         )
-    names = [name_of(entry).rpartition(" ")[2].strip("()/") for entry in given]
-    labels = [
-        f"{name.replace('/', '_')}_{place}" if names.count(name) > 1 else name for place, name in enumerate(names)
-    ]
-    parts: dict[str, Callable[..., Any] | Any] = dict(zip(labels, given, strict=True))
-    return WeightedSum({name: _weighted(part, timeout_seconds) for name, part in parts.items()})
+    labels = [_label(entry[0] if isinstance(entry, tuple) else entry) for entry in given]
+    names = [f"{label}_{place}" if labels.count(label) > 1 else label for place, label in enumerate(labels)]
+    return WeightedSum({name: _weighted(part, timeout_seconds) for name, part in zip(names, given, strict=True)})
+
+
+def _label(given: object) -> str:
+    """What a part of a sum without names is called: the last word of what errors call it."""
+    return (given if isinstance(given, str) else name_of(given).rpartition(" ")[2]).strip("()").replace("/", "_")
