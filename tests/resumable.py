@@ -23,7 +23,7 @@ from tether.session import Judges, Task, resume_run, train_run
 from tether.store import RunStore
 from tiny_models import build, build_tokenizer
 
-STEPS = 6
+STEPS = 4
 TIMES = ("seconds/", "tokens/per_second", "memory/")
 """Metrics that are no function of the run."""
 
@@ -36,16 +36,18 @@ def prefer_short(prompts: Sequence[Prompt], responses: Sequence[str], **columns:
     return [-0.1 * len(response) for response in responses]
 
 
-def settings_of(mode: str = "top", **changes: object) -> RunSettings:
+def settings_of(
+    mode: str = "top", dtype: str = "float32", controller: str = "adaptive", steps: int = STEPS, **changes: object
+) -> RunSettings:
     """Small, with everything that has a state: warm-up, an adaptive string, the linear schedule, two passes."""
     ppo = {
-        "batch_size": 8, "steps": STEPS, "sampling": {"max_new_tokens": 6},
-        "reward": {"beta": 0.1, "controller": "adaptive", "target_kl": 0.05, "horizon": 50},
+        "batch_size": 8, "steps": steps, "sampling": {"max_new_tokens": 4},
+        "reward": {"beta": 0.1, "controller": controller, "target_kl": 0.05, "horizon": 50},
         "update": {"epochs": 2, "minibatches": 2, "learning_rate": 1e-3, "value_warmup": 1, "early_stop_kl": None},
     }  # fmt: skip
     given = {
-        "ppo": ppo, "model": {"mode": mode, "top_layers": 2, "lora_rank": 4}, "checkpoint": {"every": 1},
-        "evaluation": {"every": 2, "prompts": 4}, "keep_samples": 3,
+        "ppo": ppo, "model": {"mode": mode, "top_layers": 2, "lora_rank": 4, "dtype": dtype}, "keep_samples": 3,
+        "checkpoint": {"every": 1}, "evaluation": {"every": 2, "prompts": 4},
     }  # fmt: skip
     return RunSettings.model_validate(given | changes)
 
