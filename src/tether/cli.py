@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
 from tether import __version__
@@ -29,18 +30,28 @@ class Command:
     summary: str
     complains_in: type[Exception] = TetherError
     """The error that carries its complaints to the user; the standard-library rungs know only ValueError."""
+    flags: str | None = None
+    """Of a command that takes every knob: the class of its own flags; its function gets these and the knobs."""
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("tether.demo", "main", "the lesson's exercise end to end: with the string, and without"),
-    "train": Command("tether.training", "main", "one PPO run against a world's reward model"),
+    "train": Command(
+        "tether.training", "main", "one PPO run: your model, reward and prompts, or a world's", flags="Flags"
+    ),
     "sweep": Command("tether.sweep", "main", "a run for each β: frontier, chord law, the text at each"),
+    "sft": Command("tether.stages", "main_sft", "demonstrations → SFT checkpoint: start and reference of PPO"),
+    "reward": Command("tether.stages", "main_reward", "preferences → reward model, and what it is worth"),
     "ladder bandit": Command(
         "tether.ladder.bandit", "main", "rung 1: the clip alone, two actions, pure Python", ValueError
     ),
     "ladder plain": Command("tether.ladder.plain", "main", "the whole of RLHF-PPO in the standard library", ValueError),
     "ladder skeleton": Command("tether.ladder.skeleton", "main", "rung 2: the four-model loop in torch, one file"),
     "ladder exact": Command("tether.ladder.exact", "main", "PPO against an optimum that is known exactly"),
+    "eval": Command("tether.evaluate_run", "main", "a run on held-out prompts: every judge, KL, win rate, best-of-n"),
+    "recipes ls": Command("tether.recipe_files", "main_list", "the recipes that come with the program"),
+    "recipes cp": Command("tether.recipe_files", "main_copy", "copy a recipe into a file of your own"),
+    "doctor": Command("tether.doctor", "main", "what this machine has; with --run, whether a run fits into it"),
     "runs": Command("tether.runs", "main_runs", "list the runs of a folder"),
     "check": Command("tether.checking", "main", "is the string attached? the verdict on a run, with its evidence"),
     "show": Command("tether.runs", "main_show", "one run as a table with sparklines"),
@@ -105,11 +116,8 @@ def _unknown(arguments: list[str]) -> int:
 
 
 def _call(name: str, command: Command, arguments: list[str]) -> int:
-    import tyro
-
-    function = getattr(importlib.import_module(command.module), command.function)
     try:
-        outcome = tyro.cli(function, prog=f"tether {name}", args=arguments)
+        outcome = _run_with_knobs(name, command, arguments) if command.flags else _run_plain(name, command, arguments)
         return outcome if isinstance(outcome, int) else 0
     except (TetherError, command.complains_in) as error:
         print(f"tether {name}: {error}", file=sys.stderr)
@@ -119,6 +127,30 @@ def _call(name: str, command: Command, arguments: list[str]) -> int:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0
+
+
+def _run_plain(name: str, command: Command, arguments: list[str]) -> object:
+    import tyro
+
+    function = getattr(importlib.import_module(command.module), command.function)
+    return tyro.cli(function, prog=f"tether {name}", args=arguments)
+
+
+def _run_with_knobs(name: str, command: Command, arguments: list[str]) -> object:
+    import tyro
+
+    from tether.flags import knobs_help, split_flags
+
+    module = importlib.import_module(command.module)
+    flags = getattr(module, command.flags or "")
+    switches = {field.name for field in fields(flags) if field.type == "bool"}
+    own, overrides = split_flags(arguments, {field.name for field in fields(flags)} - switches, switches)
+    if {"-h", "--help"} & set(own):
+        with suppress(SystemExit):
+            tyro.cli(flags, prog=f"tether {name}", args=["--help"], description=command.summary)
+        print(f"\n{knobs_help()}")
+        return 0
+    return getattr(module, command.function)(tyro.cli(flags, prog=f"tether {name}", args=own), overrides)
 
 
 if __name__ == "__main__":

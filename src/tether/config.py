@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+
+from tether.reward_spec import RewardPart, RewardSpec
 
 
 def knob(default: Any, help: str, *, usual: str = "", used: str = "", **bounds: Any) -> Any:
@@ -201,7 +203,9 @@ class ModelSettings(Settings):
     mode: Literal["full", "lora", "top"] = knob(
         "top", "All weights, adapters, or the top k layers", used="InstructGPT full; small machines lora or top"
     )
-    top_layers: int = knob(6, "k of mode `top`", usual="2 layers to half of them", ge=1)
+    top_layers: int | None = knob(
+        None, "k of mode `top`; null = 6, or all layers of a smaller model", usual="2 to half of the layers", ge=1
+    )
     lora_rank: int = knob(16, "Rank of mode `lora`", usual="8 to 64", used="TRL's scripts 16", ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = knob(
         "auto", "Precision of the matrices", used="GPU recipes bfloat16"
@@ -263,20 +267,50 @@ class DataSettings(Settings):
     subset: str | None = knob(None, "Subset (configuration) of a hub data set")
     prompt_column: str = knob("prompt", "Column that holds the prompt; `instruction+input` joins two")
     limit: int | None = knob(None, "Rows to read at most", ge=1)
-    too_long: Literal["refuse", "drop", "truncate"] = knob(
-        "refuse", "What happens to a prompt that leaves no room for the response", used="TRL truncate, verl drop"
+    too_long: Literal["error", "drop", "truncate_left"] = knob(
+        "error", "What happens to a prompt that leaves no room for the response", used="OpenRLHF, verl drop"
     )
 
 
 class JudgeSettings(Settings):
-    """Something that scores responses: a reward model, a Python function, an HTTP endpoint."""
+    """Something that scores responses; at most one of `source`, `parts` and `ensemble`. See `reward_spec.py`."""
 
     source: str | None = knob(
-        None, "Classifier by folder or hub name, a function as FILE.py:NAME or MODULE:NAME, or an http address"
+        None, "Classifier by folder or hub name, function as FILE.py:NAME or MODULE:NAME, http address or .jsonl"
     )
+    parts: dict[str, RewardPart] = knob({}, "Several by name, as {quality: {source: org/model, weight: 0.7}, …}")
+    ensemble: tuple[str, ...] = knob((), "Several sources that judge the same thing", usual="3 to 5")
+    ensemble_by: Literal["mean", "min", "variance"] = knob("mean", "How an ensemble becomes one score")
+    ensemble_penalty: float = knob(0.1, "λ of `variance`: mean − λ·variance, in 1/score", usual="0.1 to 1", ge=0)
+    per_token: bool = knob(False, "The function gives a list a response: one number a token", usual="false")
     timeout_seconds: float | None = knob(
-        None, "How long one batch may take before the run stops with an error; null = no limit", usual="30 to 600", gt=0
-    )
+        None, "Limit of a function's call or of one try at an address; null = none, and 60 for an address",
+        usual="30 to 600", gt=0,
+    )  # fmt: skip
+    retries: int = knob(4, "Further tries at an address that does not answer", usual="0 to 8", ge=0)
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.source or self.parts or self.ensemble)
+
+    @property
+    def spec(self) -> RewardSpec | None:
+        """What `open_reward` reads; None where nothing was said."""
+        return RewardSpec.model_validate(self.model_dump()) if self.is_given else None
+
+    @property
+    def classifiers(self) -> list[str]:
+        """The sources among all named that can only be classifiers: no function, address or list."""
+        named = [self.source or "", *self.ensemble, *(part.source for part in self.parts.values())]
+        return [source for source in named if source and ":" not in source and not source.endswith((".jsonl", ".py"))]
+
+    @model_validator(mode="after")
+    def _one(self) -> JudgeSettings:
+        try:
+            _ = self.spec
+        except ValidationError as error:
+            raise contradiction(["source", "parts", "ensemble"], error.errors()[0]["msg"]) from error
+        return self
 
 
 class RunSettings(Settings):

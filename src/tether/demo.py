@@ -24,11 +24,12 @@ from tether.config import RunSettings
 from tether.errors import ModelError, RunError
 from tether.evaluation import BestOf, draw_best_of_n
 from tether.plots import BestOfN, Trail, moving_mean, plot_curves, plot_frontier
+from tether.recipe_files import load_recipe
 from tether.records import Sample
-from tether.session import Task, load_recipe, open_policy, prepare_process, source_of, train_run
+from tether.session import Task, open_policy, prepare_process, source_of, train_run
 from tether.store import RunStore
 from tether.terminal import console_for_output
-from tether.training import open_judges
+from tether.world_judges import open_judges
 from tether.worlds.world import World, WorldName, open_world
 
 STRING, NO_STRING = "string", "no-string"

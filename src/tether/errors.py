@@ -9,6 +9,7 @@
     ├── ModelError        a model, tokenizer or checkpoint that cannot do what is asked
     ├── RewardError       a reward function or endpoint that failed, hangs or cannot be reached
     ├── AlarmError        a check failed in a run that shall stop at alarms
+    ├── OutOfMemory       a run that does not fit; also a MemoryError
     ├── RunError          a run folder that is missing, torn or in use
     └── MissingExtraError an optional dependency is not installed; also an ImportError
 
@@ -52,6 +53,10 @@ class RewardError(TetherError):
 
 class AlarmError(TetherError):
     """A check failed in a run that shall stop at alarms."""
+
+
+class OutOfMemory(TetherError, MemoryError):
+    """A run that does not fit into memory; the message names the one knob to halve."""
 
 
 class RunError(TetherError):

@@ -97,6 +97,35 @@ def win_rate(challenger: Float[Tensor, "batch"], champion: Float[Tensor, "batch"
     return WinRate(rate, max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale))
 
 
+@dataclass(frozen=True)
+class Gain:
+    """What a policy gained over its reference, prompt by prompt, in the judge's unit."""
+
+    mean: float
+    se: float
+    at_equal_length: float
+    """The gain that is left where the responses are as long as the reference's."""
+    at_equal_length_se: float
+
+
+def gain(scores: Float[Tensor, "batch"], before: Float[Tensor, "batch"], longer: Float[Tensor, "batch"]) -> Gain:
+    """Mean difference of the scores, and the same with the length taken out.
+
+    Least squares of g_i = a + b·l_i + e_i over the prompts, g the difference of the scores and l that of the lengths
+    in tokens; a is the gain at equal length, s.e.(a) = √(s²·(1/n + l̄²/Σ(l − l̄)²)), s² = Σe²/(n − 2). Where all
+    differences of length are equal, or there are fewer than three prompts, length cannot be told apart: a is the mean.
+    """
+    g, x, n = (scores - before).double(), longer.double(), len(longer)
+    mean, se = float(g.mean()), standard_error(g)
+    spread = float(((x - x.mean()) ** 2).sum())
+    if n < 3 or spread == 0.0:
+        return Gain(mean, se, mean, se)
+    slope = float(((x - x.mean()) * (g - g.mean())).sum()) / spread
+    level = mean - slope * float(x.mean())
+    noise = float(((g - level - slope * x) ** 2).sum()) / (n - 2)
+    return Gain(mean, se, level, math.sqrt(noise * (1 / n + float(x.mean()) ** 2 / spread)))
+
+
 def summarise(judged: Judged, reference: Judged) -> dict[str, float]:
     """The catalogue's `eval/` metrics; the win rate is by gold against the reference's responses."""
     metrics = {
@@ -108,6 +137,9 @@ def summarise(judged: Judged, reference: Judged) -> dict[str, float]:
     for name, scores in judged.scores.items():
         metrics[f"eval/{name}"] = float(scores.mean())
         metrics[f"eval/{name}_se"] = standard_error(scores)
+    best = "gold" if "gold" in judged.scores else "score"
+    told = gain(judged.scores[best], reference.scores[best], judged.lengths - reference.lengths)
+    metrics |= {"eval/gain_at_equal_length": told.at_equal_length}
     if "gold" in judged.scores:
         wins = win_rate(judged.scores["gold"], reference.scores["gold"])
         metrics |= {"eval/win_rate": wins.rate, "eval/win_rate_low": wins.low, "eval/win_rate_high": wins.high}
@@ -127,7 +159,7 @@ class BestOf:
     score: float
     """E[max of n], by the reward."""
     gold: float
-    """What gold gives to the responses so chosen."""
+    """What gold gives to the responses so chosen; NaN where there is no gold."""
 
     @property
     def kl(self) -> float:
@@ -169,6 +201,7 @@ def draw_best_of_n(
         draws = uniforms(seed, "best of n", 0, prompts.keys, settings.max_new_tokens)
         rollout = sample(policy, prompts, draws, settings)
         scores.append(score(judges["score"], rollout).totals)
-        gold.append(score(judges["gold"], rollout).totals)
+        known = "gold" in judges
+        gold.append(score(judges["gold"], rollout).totals if known else torch.full_like(scores[-1], torch.nan))
         tick(part + 1)
     return [best_of_n(torch.stack(scores), torch.stack(gold), n) for n in ns]

@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from tether.aliases import FALSE_FRIENDS, FRIENDS
 from tether.config import RunSettings, Settings
 from tether.errors import ConfigError
+from tether.reward_spec import RewardPart
 
 PREFERRED = ("ppo.", "data.")
 """Where a short name leads if several knobs bear it."""
@@ -93,7 +94,7 @@ def allowed(field: FieldInfo) -> str:
     >>> allowed(knobs()["ppo.advantage.lam"]), allowed(knobs()["model.mode"])
     ('≥ 0, ≤ 1', '`full`, `lora`, `top`')
     """
-    kinds = _kinds(field)
+    kinds = kinds_of(field)
     choices = [f"`{choice}`" for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     limits = [
         f"{sign} {getattr(limit, key)}"
@@ -104,7 +105,7 @@ def allowed(field: FieldInfo) -> str:
     return ", ".join(choices or limits) or ("`true`, `false`" if bool in kinds else "")
 
 
-def _kinds(field: FieldInfo) -> tuple[object, ...]:
+def kinds_of(field: FieldInfo) -> tuple[object, ...]:
     """The types that a knob may have; `float | None` is two."""
     several = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else ()
     return several or (field.annotation,)
@@ -118,10 +119,11 @@ def told(field: FieldInfo, what: Literal["usual", "used"]) -> str:
 
 def wanted(field: FieldInfo) -> str:
     """What a knob may be, as a complaint says it: kind, bounds, and null where that is allowed."""
-    kinds = _kinds(field)
+    kinds = kinds_of(field)
     names = {
         bool: "true or false", int: "a whole number", float: "a number", str: "text",
         tuple[int, ...]: "a list of whole numbers", tuple[str, ...]: "a list of texts",
+        dict[str, RewardPart]: "sources by name",
     }  # fmt: skip
     limits = allowed(field)
     base = limits.replace("`", "") if any(get_origin(kind) is Literal for kind in kinds) else ""
@@ -250,9 +252,9 @@ class Words(tuple[str, ...]):
 
     def parse(self, field: FieldInfo) -> object:
         """One value, or a list where there are several words; no word at all is `true`."""
-        kinds = _kinds(field)
+        kinds = kinds_of(field)
         if not self:
-            return True
+            return True if bool in kinds else ""
         words = [part for word in self for part in ([word] if str in kinds else word.split(","))]
         values = [_parse_word(word, kinds) for word in words]
         return values[0] if len(values) == 1 else values
@@ -308,7 +310,7 @@ def _faults_of(
 def _wrong_kind(path: str, value: object) -> Fault | None:
     """A fault where pydantic would bend the value: true for a number, or a fraction that is not one."""
     field = knobs()[path]
-    kinds = _kinds(field)
+    kinds = kinds_of(field)
     number = isinstance(value, float) and not math.isfinite(value)
     if (isinstance(value, bool) and bool not in kinds) or number:
         return Fault(path, f"got {_shown(value)}; wanted {wanted(field)}")
@@ -317,7 +319,7 @@ def _wrong_kind(path: str, value: object) -> Fault | None:
 
 def _as_list(path: str, value: object) -> object:
     """A single entry as a list of one, where a list alone is wanted."""
-    kinds = _kinds(knobs()[path])
+    kinds = kinds_of(knobs()[path])
     wants_list = any(get_origin(kind) is tuple for kind in kinds) and str not in kinds
     return [value] if wants_list and not isinstance(value, list | tuple | None) else value
 

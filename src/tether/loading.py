@@ -8,10 +8,15 @@ one ModelError that says what was got, what was wanted and what to do. Read next
 from __future__ import annotations
 
 import copy
+import os
+import socket
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -154,6 +159,17 @@ def context_length(model: PreTrainedModel) -> int | None:
     return None if limit is None else int(limit)
 
 
+def read_config(source: Source) -> PreTrainedConfig:
+    """The configuration of a model that may not be loaded yet. Raises ModelError where the source cannot be read."""
+    return source.config if isinstance(source, PreTrainedModel) else _read(AutoConfig, source)
+
+
+def layer_count(source: Source) -> int:
+    """Decoder layers of a model that may not be loaded yet. Raises ModelError where the source cannot be read."""
+    config = read_config(source)
+    return int(config.get_text_config().num_hidden_layers)
+
+
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens that end a response: the tokenizer's EOS and those that the model's generation config lists."""
     listed = getattr(model, "generation_config", None) and model.generation_config.eos_token_id
@@ -183,6 +199,7 @@ def load_backbone(source: Source, dtype: torch.dtype, device: torch.device) -> t
 
 def _read(kind: type, source: str | Path, **options: object) -> Any:
     """kind.from_pretrained, with the library's many kinds of failure as one."""
+    require_there(source)
     try:
         return kind.from_pretrained(str(source), **options)  # type: ignore[attr-defined]
     except (OSError, ValueError, KeyError, ImportError) as fault:
@@ -191,6 +208,35 @@ def _read(kind: type, source: str | Path, **options: object) -> Any:
             f"{kind.__name__} cannot read {str(source)!r}: {first} Wanted a folder written by save_pretrained or the "
             "name of a model on the hub"
         ) from fault
+
+
+def require_there(source: str | Path) -> None:
+    """Raise ModelError at once where the source is no folder here, not in the hub's cache, and the hub has no address:
+    its library would try for minutes.
+    """
+    name = str(source)
+    if Path(name).is_dir():
+        return
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # a path, or no name that the hub could have
+        cached, reason = False, "is no folder"
+    else:
+        reason = "is no folder here, and the hub cannot be reached"
+    if not cached and (reason == "is no folder" or not _hub_has_an_address()):
+        raise ModelError(
+            f"{name!r} {reason}; wanted a folder written by save_pretrained or the name of a model on the hub"
+        )
+
+
+def _hub_has_an_address() -> bool:
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or ""
+    try:
+        return bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
 
 
 def _check_config(config: PreTrainedConfig) -> None:

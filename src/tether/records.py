@@ -176,6 +176,11 @@ class Update:
         self._events: list[tuple[str, str, str]] = []
         self._applied: list[tuple[int, str, str]] = []
 
+    @property
+    def numbers(self) -> Mapping[str, float]:
+        """The metrics gathered so far."""
+        return self._metrics
+
     def metrics(self, numbers: Mapping[str, float]) -> None:
         """Log numbers of the catalogue. One that is not finite is kept as NaN, and an event names it.
 

@@ -13,13 +13,10 @@ import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from tether import __version__
@@ -36,37 +33,26 @@ from tether.identity import (
     require_same_digests,
     require_same_settings,
 )
-from tether.loading import Source
+from tether.loading import Source, layer_count
 from tether.models import LanguagePolicy, load_policy
-from tether.prompts import PromptSet, PromptSource, encode
+from tether.prompts import PromptSet, PromptSource, fit
+from tether.recipe_files import load_recipe
+from tether.recomputation import recompute_layers
 from tether.recording import Keeper, Saver, Screen, probes
 from tether.records import Status
 from tether.rewards import controller
 from tether.runtime.interrupt import Interrupt
 from tether.runtime.memory import keep_freed_memory
 from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore
+from tether.trackers import Trackers
 from tether.trainer import Run, train
 from tether.worlds.real import cache_folder
 from tether.worlds.world import World
 
 EVALUATED_AT_ONCE = 64
+TOP_LAYERS = 6
+"""Layers that mode `top` trains where the settings do not say."""
 STOPPING = "stopping after this update, with a checkpoint; once more leaves at once"
-
-
-def load_recipe(name: str) -> RunSettings:
-    """The settings of a recipe that ships with tether (`smollm2`, `nano`), or of a YAML file.
-
-    Raises ConfigError where there is no such recipe or a knob is unknown or out of bounds; all faults at once.
-    """
-    shipped = files("tether").joinpath(f"recipes/{name}.yaml")
-    path = Path(name)
-    if not shipped.is_file() and not path.is_file():
-        raise ConfigError(f"there is no recipe {name!r} and no such file; recipes: nano, smollm2")
-    text = shipped.read_text("utf-8") if shipped.is_file() else path.read_text("utf-8")
-    try:
-        return RunSettings.model_validate(yaml.safe_load(text) or {})
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ConfigError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -92,6 +78,10 @@ class Task:
     train: PromptSet
     heldout: PromptSet
     judges: Judges
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Where the model is an object; else it is the checkpoint's own."""
+    trackers: tuple[object, ...] = ()
+    """Trackers as objects, beside those that the settings name."""
 
     @staticmethod
     def of_world(world: World, settings: RunSettings, judges: Judges) -> Task:
@@ -106,25 +96,39 @@ def prepare_process() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def open_policy(source: Source, settings: RunSettings) -> LanguagePolicy:
+def open_policy(
+    source: Source, settings: RunSettings, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LanguagePolicy:
     """The policy at its start, with its frozen reference."""
     model = settings.model
-    return load_policy(
+    policy = load_policy(
         source,
+        tokenizer,
         mode=model.mode,
-        top_layers=model.top_layers,
+        top_layers=model.top_layers or min(TOP_LAYERS, layer_count(source)),
         lora_rank=model.lora_rank,
         dtype=model.dtype,
     )
+    if model.gradient_checkpointing:
+        recompute_layers(policy.mode.model)
+    return policy
 
 
 def source_of(
     given: PromptSet, policy: LanguagePolicy, settings: RunSettings, per_batch: int, copies: int = 1
 ) -> PromptSource:
-    """These prompts, tokenised for the policy."""
+    """These prompts, tokenised for the policy; those that are too long by the settings' rule."""
     room = policy.context - settings.ppo.sampling.max_new_tokens
-    ids = encode(given.prompts, policy.tokenizer, max_tokens=room)
-    return PromptSource(given.prompts, ids, per_batch, copies, settings.ppo.seed, policy.pad, given.columns)
+    if room < 1:
+        raise ConfigError(
+            f"ppo.sampling.max_new_tokens is {settings.ppo.sampling.max_new_tokens} and the model's context "
+            f"{policy.context} tokens, which leaves no room for a prompt; try {policy.context // 2}"
+        )
+    fitted = fit(given, policy.tokenizer, max_tokens=room, too_long=settings.data.too_long)
+    kept = fitted.prompts
+    return PromptSource(
+        kept.prompts, fitted.ids, per_batch, copies, settings.ppo.seed, policy.pad, kept.columns, fitted.note
+    )
 
 
 def heldout_source(heldout: PromptSet, policy: LanguagePolicy, settings: RunSettings) -> PromptSource:
@@ -242,7 +246,7 @@ def train_run(
 
     Raises RunError where the folder exists or cannot be written, and whatever training raises.
     """
-    policy = open_policy(task.model, settings)
+    policy = open_policy(task.model, settings, task.tokenizer)
     with RunStore.create(root, name, settings.dump()) as store:
         store.put("sigma", 1.0)
         store.put("source", None if isinstance(task.model, PreTrainedModel) else str(task.model))
@@ -278,7 +282,7 @@ def resume_run(
         _tell_start(store, start, console)
         store.put("config", chosen.dump())
         task = open_task(chosen)
-        policy = open_policy(task.model, chosen)
+        policy = open_policy(task.model, chosen, task.tokenizer)
         return _see_through(Session(task, chosen, policy, store, console, start), way_on)
 
 
@@ -319,8 +323,11 @@ def _see_through(session: Session, way_on: str | None) -> Path:
     """Train to the end; however it ends, the folder says so and the terminal says how to go on."""
     store = session.store
     way_on = way_on or f"tether resume {shlex.quote(str(store.path))}"
+    named = [*session.settings.report_to, *session.task.trackers]
     try:
-        session.train()
+        with Trackers.open(named, store.path, session.settings, session.console) as trackers:
+            store.told = trackers.log
+            session.train()
     except KeyboardInterrupt:
         _leave_word(store, "stopped by Ctrl-C", "stopped")
         saved = session.checkpoints.latest()

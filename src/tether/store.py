@@ -11,6 +11,7 @@ only. It knows no torch and no terminal. Read next: `records.py` (what is in the
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -71,6 +73,8 @@ class RunStore:
         self._database = database
         self._lock = lock
         self._clock = clock
+        self.told: Callable[[int, Mapping[str, float]], None] | None = None
+        """Who else hears the metrics of a step, once they are written."""
 
     # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────────────
     @staticmethod
@@ -154,6 +158,8 @@ class RunStore:
             wall = self._clock()
             update.write(connection, wall)
             _put(connection, "heartbeat", _beat(wall, step, "recorded", "running"))
+        if self.told is not None:
+            self.told(step, update.numbers)
 
     def heartbeat(self, step: int, phase: str, status: Status = "running") -> None:
         """Leave a sign of life: what the trainer is doing, or how the run ended."""
@@ -278,32 +284,56 @@ def check_name(name: str) -> str:
     )
 
 
+def free_name(root: Path, name: str) -> str:
+    """The name, if a run can be made under it. Raises InputError, and RunError where it is taken or nothing can be
+    written below `root`, before anything is loaded or trained.
+    """
+    path = root / check_name(name)
+    if path.exists():
+        raise RunError(
+            f"{path} exists{_standing(path)}; choose another name, go on with it (tether resume {path}), or delete it"
+        )
+    with complaints(root):
+        root.mkdir(parents=True, exist_ok=True)
+        if not os.access(root, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
+    return name
+
+
 def _in_order(names: Set[str]) -> list[str]:
     """The names in the catalogue's order; those of another version's catalogue at the end."""
     return CATALOGUE.in_order(names)
 
 
 def _create(path: Path, config: Mapping[str, object], clock: Callable[[], float]) -> RunStore:
-    facts = {"name": path.name, "created": clock(), "version": tether.__version__, "config": config}
-    with complaints(path):
-        path.mkdir(parents=True)
+    """Made aside and renamed, so that a process that is killed meanwhile leaves no half of a run under that name."""
+    aside = path.with_name(f".{path.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         with complaints(path):
-            (path / CHECKPOINTS).mkdir()
-        _write_config(path, config)
-        Database.create(path / CONTROL_FILE, CONTROL).close()
-        database = Database.create(path / RUN_FILE, RUN)
-        store = RunStore(path, database, hold(path / LOCK_FILE), clock)
+            aside.mkdir(parents=True)
+        _fill(aside, {"name": path.name, "created": clock(), "version": tether.__version__, "config": config}, clock)
+        with complaints(path):
+            aside.rename(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return RunStore.open(path, readonly=False, clock=clock)
+
+
+def _fill(path: Path, facts: Mapping[str, object], clock: Callable[[], float]) -> None:
+    with complaints(path):
+        (path / CHECKPOINTS).mkdir()
+    _write_config(path, cast(Mapping[str, object], facts["config"]))
+    Database.create(path / CONTROL_FILE, CONTROL).close()
+    with RunStore(path, Database.create(path / RUN_FILE, RUN), clock=clock) as store:
+        database = store._database
         with database.transaction() as connection:
             for key, value in facts.items():
                 _put(connection, key, value)
         store.event("created")
         if database.journal != "wal":
             store.event("rollback_journal", {"journal": database.journal, "why": "no shared memory for a log here"})
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-    return store
 
 
 def _write_config(path: Path, config: Mapping[str, object]) -> None:

@@ -14,10 +14,11 @@ from rich.table import Table
 from tether.demo import finished_run
 from tether.errors import ConfigError
 from tether.plots import SweepPoint, Trail, plot_frontier
-from tether.session import Task, load_recipe, prepare_process
+from tether.recipe_files import load_recipe
+from tether.session import Task, prepare_process
 from tether.store import RunStore
 from tether.terminal import console_for_output
-from tether.training import open_judges
+from tether.world_judges import open_judges
 from tether.worlds.exact import chord_law
 from tether.worlds.world import WorldName, open_world
 

@@ -1,122 +1,70 @@
-"""`tether train`: one run on a world's own reward model; and the reward models that all jobs share."""
+"""`tether train`: one run, of a recipe, of a world, or of your own model, reward and prompts.
+
+Imports nothing heavy before the settings are found to be right, so that a misspelt knob is answered at once.
+"""
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
 
-from rich.console import Console
-from rich.progress import Progress
+from tyro.conf import Positional
 
-from tether.batch import Prompt, Reward
 from tether.config import RunSettings
-from tether.preferences import Pairs, sample_pairs
-from tether.prompts import PromptSet
-from tether.reward_model import RewardModel
-from tether.reward_report import RewardReport
-from tether.reward_training import train_two
-from tether.session import Judges, Task, judges_folder, load_recipe, open_policy, prepare_process, source_of, train_run
-from tether.store import check_name
-from tether.terminal import console_for_output
-from tether.worlds.world import World, WorldName, open_world
+from tether.knobs import Named, Words, find_knob, read_settings
+from tether.recipe_files import read_recipe
+from tether.store import free_name
 
-PAIRS_AT_ONCE = 32
-ROLES = ("reward", "holdout")
-GOLD_FILE = "gold.json"
-
-
-def main(
-    world: WorldName = "smollm2",
-    name: str | None = None,
-    steps: int | None = None,
-    beta: float | None = None,
-    seed: int = 0,
-    root: Path = Path("runs"),
-) -> None:
-    """Train one policy by PPO against the world's reward model; everything lands in ROOT/NAME.
-
-    world: `smollm2`, or `nano`, which needs no download. name: of the run's folder; by default world, β and time.
-    steps, beta: in place of the recipe's. seed: of every random stream.
-    """
-    prepare_process()
-    console = console_for_output()
-    settings = load_recipe(world).with_seed(seed)
-    settings = settings.with_beta(beta) if beta is not None else settings
-    settings = settings.with_steps(steps) if steps is not None else settings
-    name = check_name(name or f"{world}-beta{settings.ppo.reward.beta:g}-{time.strftime('%Y%m%d-%H%M%S')}")
-    place = open_world(world)
-    task = Task.of_world(place, settings, open_judges(place, settings, console))
-    folder = train_run(task, settings, root, name, console)
-    console.print(f"done: {folder}\nlook at it: tether show {folder}", soft_wrap=True)
-
-
-def open_judges(world: World, settings: RunSettings, console: Console) -> Judges:
-    """The reward model and the hold-out one of these settings; trained once, later taken from the cache."""
-    folder = judges_folder(world, settings)
-    if not (folder / "holdout" / "config.json").is_file():
-        _train_both(world, settings, folder, console)
-    models = [RewardModel.load(folder / role, dtype=settings.model.dtype) for role in ROLES]
-    scale = json.loads((folder / GOLD_FILE).read_text("utf-8"))
-    gold = StandardGold(world.gold, scale["mean"], scale["std"])
-    return Judges(models[0], {"holdout": models[1], "gold": gold})
+OWN = ("model.source", "data.prompts", "reward.")
+"""Knobs that bring what a world has; a run with one of them starts from no recipe."""
 
 
 @dataclass(frozen=True)
-class StandardGold:
-    """Gold in σ of the SFT model: mean 0 and standard deviation 1 on its own replies, like the reward models."""
+class Flags:
+    """Flags of `tether train` beside the knobs."""
 
-    gold: Reward
-    mean: float
-    std: float
-
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
-        return [(score - self.mean) / self.std for score in self.gold(prompts, responses, **columns)]
-
-
-def _keep_gold_scale(pairs: Pairs, gold: Reward, path: Path) -> None:
-    scores = [*gold(pairs.prompts, pairs.chosen), *gold(pairs.prompts, pairs.rejected)]
-    path.write_text(json.dumps({"mean": fmean(scores), "std": pstdev(scores) or 1.0}), "utf-8")
+    recipe: Positional[str | None] = None
+    """A YAML file, or a recipe by name; `tether recipes ls` shows these. By default that of --world, or smollm2."""
+    name: str | None = None
+    """Of the run's folder; by default recipe, β and time."""
+    root: Path = Path("runs")
+    """The folder that holds the run folders."""
 
 
-def _train_both(world: World, settings: RunSettings, folder: Path, console: Console) -> None:
-    knobs = settings.preferences
-    policy = open_policy(settings.model.source or world.model, settings)
-    console.print(
-        f"{knobs.pairs} comparisons of the SFT model's own replies, labelled by gold with noise {knobs.noise:g}"
-    )
-    source = source_of(PromptSet(world.train_prompts), policy, settings, PAIRS_AT_ONCE)
-    pairs = sample_pairs(
-        policy, source, world.gold, knobs.pairs,
-        noise=knobs.noise, settings=settings.ppo.sampling, seed=settings.ppo.seed,
-    )  # fmt: skip
-    del policy
-    with Progress(console=console, transient=True) as progress:
-        tasks = {role: progress.add_task(f"{role} model", total=None) for role in ROLES}
-        two = train_two(
-            pairs, world.model, top_layers=knobs.top_layers, learning_rate=knobs.learning_rate,
-            batch_pairs=knobs.batch_pairs, seed=settings.ppo.seed, dtype=settings.model.dtype,
-            progress=lambda role, done, total, _: progress.update(tasks[role], completed=done, total=total),
-        )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    _keep_gold_scale(pairs, world.gold, folder / GOLD_FILE)
-    for role, model, report in zip(
-        ROLES, (two.reward, two.holdout), (two.reward_report, two.holdout_report), strict=True
-    ):
-        model.save_pretrained(folder / role)
-        console.print(_report_line(role, report), soft_wrap=True)
-        for warning in report.warnings:
-            console.print(f"  warning: {warning}", soft_wrap=True)
+def main(flags: Flags, overrides: Sequence[tuple[str, Words]]) -> None:
+    """Train one policy by PPO; everything lands in ROOT/NAME."""
+    settings, notes, recipe = choose(flags.recipe, overrides)
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
+    name = free_name(flags.root, flags.name or generic_name(recipe, settings))
+    from tether.api import carry_out
+    from tether.tasks import require_complete
+    from tether.terminal import console_for_output
+
+    require_complete(settings)
+    console = console_for_output()
+    run = carry_out(settings, flags.root, name, console)
+    console.print(f"done: {run.folder}\nlook at it: tether show {run.folder}", soft_wrap=True)
 
 
-def _report_line(role: str, report: RewardReport) -> str:
-    known = [("best possible", report.ceiling_accuracy), ("correlation with gold", report.gold_pearson)]
-    notes = "".join(f", {name} {number:.2f}" for name, number in known if number is not None)
-    return (
-        f"{role} model: accuracy {report.accuracy:.3f} ± {report.accuracy_se:.3f} on {report.pairs} held-out "
-        f"comparisons (bag of words {report.floor_accuracy:.3f}{notes}), "
-        f"correlation with length {report.length_correlation:+.2f}"
-    )
+def choose(recipe: str | None, overrides: Sequence[tuple[str, object]]) -> tuple[RunSettings, list[str], str]:
+    """The settings of a recipe and of the knobs beside it, notes on translated names, and what the run is called after.
+
+    Raises ConfigError with all faults of both.
+    """
+    named = [(found.path, value) for name, value in overrides if isinstance(found := find_knob(name), Named)]
+    worlds = [value for path, value in named if path == "world"]
+    if recipe is None and not worlds and any(path.startswith(OWN) for path, _ in named):
+        return *read_settings({}, overrides, "the command line"), "run"
+    first = worlds[0] if worlds else "smollm2"
+    chosen = recipe or (str(first[0]) if isinstance(first, tuple) and first else str(first))
+    if recipe is None and chosen not in ("smollm2", "nano"):
+        return *read_settings({}, overrides, "the command line"), "run"  # which says what worlds there are
+    return *read_recipe(chosen, overrides), Path(chosen).stem
+
+
+def generic_name(recipe: str, settings: RunSettings) -> str:
+    """What a run is called where nobody says: its recipe, β and the time."""
+    return f"{recipe}-beta{settings.ppo.reward.beta:g}-{time.strftime('%Y%m%d-%H%M%S')}"
