@@ -169,10 +169,7 @@ def reference_loss(model: PreTrainedModel, examples: list[Example]) -> Tensor:
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *MORE_ARCHITECTURES])
 @pytest.mark.parametrize("packing", [True, False])
-def test_loss_and_gradients_are_those_of_each_example_alone(
-    architecture: str, packing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(finetune_module, "PACKED_TOKENS", 16)
+def test_loss_and_gradients_are_those_of_each_example_alone(architecture: str, packing: bool) -> None:
     examples, plain = ragged_examples(), build(architecture)
     wanted = reference_loss(plain, examples)
     wanted.backward()
@@ -198,7 +195,6 @@ def test_which_models_pack_is_seen_on_their_states() -> None:
 def test_several_passes_add_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
     for tokens in (4096, 16):
-        monkeypatch.setattr(finetune_module, "PACKED_TOKENS", 16)
         monkeypatch.setattr(finetune_module, "TOKENS_PER_PASS", tokens)
         student = _Student(load_causal_lm(build("llama"), "float32", torch.device("cpu")), Finetuning())
         first = student.parameters()[0]

@@ -45,7 +45,6 @@ from tether.reward_model import length_groups
 from tether.sft_checkpoint import MANIFEST_FILE, SFTManifest, whole_folder
 from tether.streams import permutation
 
-PACKED_TOKENS = 512  # of one packed row; attention costs its square, padding falls with it
 TOKENS_PER_PASS = 4096  # padded positions of one forward and backward pass
 DEFAULT_RATES = {"full": 5e-5, "lora": 2e-4}
 ADAM_EPSILON = 1e-8
@@ -287,9 +286,14 @@ class _Student:
         return self.accumulate(examples) if examples else None
 
     def _passes(self, batch: Sequence[Example]) -> Iterator[list[list[Example]]]:
-        """Rows of examples, as many at once as TOKENS_PER_PASS allows."""
-        capacity = PACKED_TOKENS if self.packed else 0
-        rows = [[batch[place] for place in places] for places in bins([len(example) for example in batch], capacity)]
+        """Rows of examples, as many at once as TOKENS_PER_PASS allows.
+
+        A packed row is as long as the batch's longest example: no row is wider than it would be padded, so attention,
+        which costs its square, costs no more, and fewer rows are read.
+        """
+        lengths = [len(example) for example in batch]
+        capacity = max(lengths) if self.packed else 0
+        rows = [[batch[place] for place in places] for places in bins(lengths, capacity)]
         widths = [sum(map(len, row)) for row in rows]
         for group in length_groups(widths, TOKENS_PER_PASS):
             yield [rows[place] for place in group]

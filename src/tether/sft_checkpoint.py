@@ -105,15 +105,19 @@ def _tokenizer(place: str) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
+def require_free(target: Path, mark: str, what: str) -> None:
+    """Raise ModelError where the target holds something else than `what`, which the file `mark` is known by."""
+    if target.is_file() or (target.exists() and not (target / mark).is_file() and any(target.iterdir())):
+        raise ModelError(f"{target} is there already and holds no {what}; choose another folder")
+
+
 @contextmanager
 def whole_folder(target: Path, mark: str, what: str) -> Iterator[Path]:
     """A folder to write into, which takes the target's place in one rename, or leaves nothing.
 
-    `mark` is the file by which a folder of the same kind is known; it alone may be replaced. Raises ModelError where
-    something else than `what` stands there.
+    Raises ModelError as `require_free` does, and where the folder cannot be written.
     """
-    if target.is_file() or (target.exists() and not (target / mark).is_file() and any(target.iterdir())):
-        raise ModelError(f"{target} is there already and holds no {what}; choose another folder")
+    require_free(target, mark, what)
     aside, old = (target.with_name(f".{target.name}.{part}") for part in ("part", "old"))
     try:
         _recover(target, old)
