@@ -1,6 +1,7 @@
 """A tiny run that a process of its own can train, be killed in, and go on with.
 
-    python resumable.py FOLDER/NAME [mode]        starts the run, or goes on with it if it is there
+    python resumable.py        reads folders, a line each; starts the run there, or goes on with it, each in a process
+                               of its own that is forked from this one, so that none imports the libraries anew
 
 The policy is a small Llama of random weights that is read from FOLDER/../sft; the reward counts words. Every update is
 a checkpoint, every second one an evaluation.
@@ -8,7 +9,9 @@ a checkpoint, every second one an evaluation.
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,14 +85,29 @@ def left_behind(run: Path) -> dict[str, object]:
     return {"steps": steps, "curves": curves, "samples": samples, "bits": bits, "beta": dict(state.beta)}
 
 
-def main(run: Path, mode: str = "top") -> None:
-    torch.set_num_threads(1)
-    task, console = task_of(run.parent.parent / "sft"), Console()
+def train(run: Path) -> None:
+    task, console = task_of(run.parent / "sft"), Console(file=sys.stderr)
     if run.is_dir():
         resume_run(run, lambda _: task, console)
     else:
-        train_run(task, settings_of(mode), run.parent, run.name, console)
+        train_run(task, settings_of(), run.parent, run.name, console)
+
+
+def main() -> None:
+    """For each line: the process's id, then, when it is over, its wait status."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                train(Path(line.strip()))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main()

@@ -1,0 +1,134 @@
+"""`tether resume` and `tether fork`: go on with a run, or start another one where it stood.
+
+What a run is about is opened again by its settings (`tasks.py`); `open_trained` gives the policy of a run as it stood
+at one of its checkpoints. Knows no training: that is `session.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from tether.checkpoint import Checkpoint, Checkpoints, load_weights
+from tether.config import RunSettings
+from tether.errors import RunError
+from tether.identity import of_tensors, of_tokenizer, recorded_settings, require_same_digests
+from tether.loading import Source
+from tether.models import LanguagePolicy
+from tether.recipe_files import load_recipe
+from tether.runs import ROOT, find_run
+from tether.session import fork_run, open_policy, prepare_process, resume_run
+from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore, check_name
+from tether.tasks import open_task
+from tether.terminal import console_for_output
+from tether.worlds.world import open_world
+
+
+def main(run: str, /, root: Path = ROOT) -> None:
+    """Go on with a run that was stopped or killed, as if it never had been.
+
+    Args:
+        run: The run's name below `root`, or the path of its folder.
+        root: The folder that holds the run folders.
+    """
+    prepare_process()
+    console = console_for_output()
+    folder = resume_run(find_run(run, root), lambda settings: open_task(settings, console), console)
+    console.print(f"done: {folder}\nlook at it: tether show {folder}", soft_wrap=True)
+
+
+def main_fork(
+    run: str,
+    /,
+    name: str,
+    beta: float | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    root: Path = ROOT,
+    train: bool = True,
+) -> None:
+    """Start another run, beside this one, from one of its checkpoints.
+
+    Args:
+        run: RUN or RUN@STEP: name or path of the run, and the update to start from; by default its last checkpoint.
+        name: The new run's name.
+        beta: Its string; β's controller then starts anew.
+        steps: Its number of updates, those before the fork included.
+        seed: Of its random streams.
+        root: The folder that holds the run folders.
+        train: Train it at once; `--no-train` makes the folder only.
+    """
+    prepare_process()
+    console = console_for_output()
+    parent, step = find_point(run, root)
+    settings = load_recipe(str(parent / CONFIG_FILE))
+    settings = settings.with_beta(beta) if beta is not None else settings
+    settings = settings.with_steps(steps) if steps is not None else settings
+    settings = settings.with_seed(seed) if seed is not None else settings
+    folder = fork_run(parent, step, parent.parent, check_name(name), settings)
+    console.print(f"{folder}: starts where {run} stands; train it with: tether resume {folder}", soft_wrap=True)
+    if train:
+        resume_run(folder, lambda settings: open_task(settings, console), console)
+
+
+def find_point(run: str, root: Path) -> tuple[Path, int | None]:
+    """The folder and the step of RUN@STEP; the step is None where only RUN is given. Raises RunError."""
+    name, at, step = run.rpartition("@")
+    if not at:
+        return find_run(run, root), None
+    if not step.isdecimal():
+        raise RunError(f"got {run!r}; wanted RUN@STEP with a whole number, as {name}@25")
+    return find_run(name, root), int(step)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The policy of a run as it stood at a checkpoint."""
+
+    policy: LanguagePolicy
+    settings: RunSettings
+    source: Source
+    """What it started from, which is its reference."""
+    checkpoint: Checkpoint
+
+    def reference(self) -> LanguagePolicy:
+        """A policy of its own that stands where this one started."""
+        return open_policy(self.source, self.settings, self.policy.tokenizer)
+
+
+def open_trained(
+    folder: Path,
+    step: int | None = None,
+    model: Source | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Trained:
+    """The policy of a run at this step, by default at its last whole checkpoint.
+
+    `model`: the SFT checkpoint, where it no longer lies where the run found it; an object wants its `tokenizer` too.
+    Raises RunError where there is no such checkpoint or the model is another one, ModelError where it cannot be read.
+    """
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    found = checkpoints.newest(print) if step is None else checkpoints.read(step)
+    if found is None:
+        raise RunError(f"{folder} holds no whole checkpoint; train it, or go on with it: tether resume {folder}")
+    settings = recorded_settings(found.identity.settings)
+    source = model or _source(folder, settings)
+    policy = open_policy(source, settings, tokenizer)
+    digests = {"reference": of_tensors(policy.mode.reference()), "tokenizer": of_tokenizer(policy.tokenizer)}
+    require_same_digests(found.identity.digests, digests, "Give the SFT checkpoint that the run started from: --model")
+    load_weights(policy, found.weights())
+    return Trained(policy, settings, source, found)
+
+
+def _source(folder: Path, settings: RunSettings) -> Source:
+    with RunStore.open(folder) as store:
+        noted = store.meta().get("source")
+    if isinstance(noted, str):
+        return noted
+    if settings.model.source is not None:
+        return settings.model.source
+    if settings.world is None:
+        raise RunError(f"{folder} does not say which model it started from, which came from Python; pass --model")
+    return open_world(settings.world).model
