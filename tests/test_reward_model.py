@@ -279,18 +279,21 @@ def test_groups_hold_every_row_once_within_the_budget() -> None:
 
 
 # ── the fast path ───────────────────────────────────────────────────────────────────────────────────────────────────
-def policy_and_reward(dtype: str, top_layers: int = 2, seed: int = 0) -> tuple[LanguagePolicy, RewardModel]:
+def policy_and_reward(
+    dtype: str, top_layers: int = 2, seed: int = 0, eos: bool = False
+) -> tuple[LanguagePolicy, RewardModel]:
     base, words = build("llama", seed), tokenizer_with(template=TEMPLATE)
     policy = load_policy(build("llama"), words, mode="top", top_layers=2, dtype=dtype)
     model = new_classifier(base, dtype, torch.device("cpu"), seed=5)
-    reward = RewardModel(model, words, RewardManifest(gain=2.0, bias=-1.0, top_layers=top_layers, closed=False))
+    manifest = RewardManifest(gain=2.0, bias=-1.0, top_layers=top_layers, closed=False, eos=eos)
+    reward = RewardModel(model, words, manifest)
     for parameter in reward.trainable():  # as if trained: another top than the policy's
         parameter.data *= 1.25
     return policy, reward
 
 
-def rollout_of(policy: LanguagePolicy) -> Rollout:
-    texts = ("w5 w6", "w7", "w8 w9 w10", "w11 w12")
+def rollout_of(policy: LanguagePolicy, copies: int = 1) -> Rollout:
+    texts = ("w5 w6", "w7", "w8 w9 w10", "w11 w12") * copies
     ids = encode(texts, policy.tokenizer)
     prompts = replace(prompts_of(*map(list, ids)), texts=texts)
     return sample(policy, prompts, uniforms(0, "response", 0, prompts.keys, 6), SamplingSettings(max_new_tokens=6))
@@ -310,17 +313,43 @@ def trunk_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", ROUND_OFF), ("bfloat16", HALF)])
 def test_a_rollout_scores_as_its_texts_do_without_passing_the_trunk(
-    dtype: str, tolerance: Tolerance, trunk_rows: list[tuple[int, int]]
+    dtype: str, tolerance: Tolerance, eos: bool, trunk_rows: list[tuple[int, int]]
 ) -> None:
-    policy, reward = policy_and_reward(dtype)
+    policy, reward = policy_and_reward(dtype, eos=eos)
     rollout = rollout_of(policy)
     by_texts = reward(rollout.prompts.texts, rollout.texts)
     trunk_rows.clear()
     assert_close(torch.tensor(reward.score_rollout(rollout)), by_texts, tolerance)
     assert all(rows == 1 and width <= 8 for rows, width in trunk_rows)  # the look at whose states they are
     assert torch.tensor(by_texts).std() > 0.1
+
+
+def test_responses_that_end_by_themselves_and_those_that_are_cut_are_read_to_the_same_eos(
+    trunk_rows: list[tuple[int, int]],
+) -> None:
+    policy, reward = policy_and_reward("float32", eos=True)
+    eos = policy.tokenizer.eos_token_id
+    policy.mode.head.linear.weight.data *= 0.01  # nearly uniform: one token in a hundred is an EOS
+    rollout = rollout_of(policy, copies=40)
+    ends = rollout.sequences.responses.gather(1, rollout.sequences.response_lengths[:, None] - 1)[:, 0]
+    assert {bool(end == eos) for end in ends} == {True, False}, "some ended, some were cut"
+    rows = reward.encode(rollout.prompts.texts, rollout.texts)
+    assert {row[-1] for row in rows} == {eos}
+    by_texts = reward(rollout.prompts.texts, rollout.texts)
+    trunk_rows.clear()
+    assert_close(torch.tensor(reward.score_rollout(rollout)), by_texts, ROUND_OFF)
+    assert all(rows == 1 and width <= 8 for rows, width in trunk_rows)
+
+
+def test_a_context_that_is_full_leaves_no_room_for_an_eos() -> None:
+    policy, reward = policy_and_reward("float32", eos=True)
+    policy._context = 6 + 6  # the longest prompt under the template, and the response
+    rollout = rollout_of(policy)
+    assert rollout.sequences.closing is None
+    assert_close(torch.tensor(reward.score_rollout(rollout)), reward(rollout.prompts.texts, rollout.texts), ROUND_OFF)
 
 
 def test_a_row_whose_tokens_no_tokenizer_would_write_is_scored_by_its_text(trunk_rows: list[tuple[int, int]]) -> None:

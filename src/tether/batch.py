@@ -94,6 +94,16 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Closing:
+    """What the trunk says of a token read after each response that has no end of its own."""
+
+    token: int
+    """The EOS."""
+    states: Float[Tensor, "batch dim"]
+    """Its states; of no meaning where the response ended by itself."""
+
+
+@dataclass(frozen=True)
 class Sequences:
     """Prompt and response as one row each, `[prompt … response … padding]`: what a forward pass reads."""
 
@@ -102,6 +112,8 @@ class Sequences:
     response_lengths: Int[Tensor, "batch"]
     states: Float[Tensor, "batch total dim"] | None = None
     """The frozen trunk's hidden states, where the policy keeps them for the whole update (mode `top`)."""
+    closing: Closing | None = None
+    """The same for an EOS after cut responses, which a reward model on this trunk wants to read."""
 
     @staticmethod
     def join(prompts: Prompts, generation: Generation, pad: int) -> Sequences:
@@ -155,10 +167,11 @@ class Sequences:
             self.prompt_lengths[index],
             self.response_lengths[index],
             None if self.states is None else self.states[index, :total],
+            None if self.closing is None else Closing(self.closing.token, self.closing.states[index]),
         )
 
-    def with_states(self, states: Float[Tensor, "batch total dim"]) -> Sequences:
-        return replace(self, states=states)
+    def with_states(self, states: Float[Tensor, "batch total dim"], closing: Closing | None = None) -> Sequences:
+        return replace(self, states=states, closing=closing)
 
 
 @dataclass(frozen=True)

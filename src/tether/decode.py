@@ -119,15 +119,22 @@ class Sampler:
         self._packed = PackedLinears(backbone, head.linear)
 
     def sample(
-        self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float
+        self,
+        prompts: Prompts,
+        uniforms: Float[Tensor, "batch response"],
+        temperature: float,
+        closing: int | None = None,
     ) -> tuple[Generation, Float[Tensor, "batch total dim"] | None]:
-        """One response a prompt, and what the recorder heard; `uniforms` is as wide as the longest response allowed."""
+        """One response a prompt, and what the recorder heard; `uniforms` is as wide as the longest response allowed.
+
+        `closing`: a token for the recorder to hear after each response that was cut.
+        """
         home, device = prompts.ids.device, self.head.linear.weight.device
         ids, mask, draws = (tensor.to(device) for tensor in (prompts.ids, prompts.mask, uniforms))
         size = max(1, TOKENS_AT_ONCE // (prompts.ids.shape[1] + uniforms.shape[1]))
         with torch.inference_mode(), self._packed.in_use(*uniforms.shape), listening(self.recorder):
             turns = [
-                self._write(ids[rows], mask[rows], draws[rows], temperature)
+                self._write(ids[rows], mask[rows], draws[rows], temperature, closing)
                 for rows in (slice(first, first + size) for first in range(0, len(prompts), size))
             ]
         drafts = [draft for draft, _ in turns]
@@ -136,25 +143,36 @@ class Sampler:
         return Generation(*(field.to(home, copy=True) for field in fields)), torch.cat(heard) if heard else None
 
     def _write(
-        self, ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float
+        self, ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float, closing: int | None
     ) -> tuple[_Draft, Tensor | None]:
         """The responses of one batch, and the states heard."""
         width = uniforms.shape[1]
+        room = width if closing is None else width + 1
         text: Text = (
-            CachedText(self.backbone, ids, prompt_mask, width, self.recorder)
+            CachedText(self.backbone, ids, prompt_mask, room, self.recorder)
             if self.cached
-            else WholeText(self.backbone, ids, prompt_mask, width)
+            else WholeText(self.backbone, ids, prompt_mask, room)
         )
         draft, stops = _Draft(uniforms), torch.tensor(self.stops, device=ids.device)
         for t in range(width):
             tokens, logprobs = draw(self.head.logits(text.hidden), uniforms[draft.rows, t], temperature)
             draft.write(t, tokens, logprobs, stops)
-            last = t + 1 == width or not bool(draft.open.any())
-            if not last and (kept := draft.shrink()) is not None:
-                text.keep(kept)
-                tokens = tokens[kept]
-            if not last or self.recorder is not None:  # a response cut at the width has a last token to record too
-                text.feed(tokens)
-            if last:
+            if t + 1 == width or not bool(draft.open.any()):
                 break
-        return draft, None if self.recorder is None else self.recorder.states
+            self._read_on(text, draft, tokens)
+        if self.recorder is None:
+            return draft, None
+        text.feed(tokens)
+        if closing is not None:
+            text.feed(torch.full_like(tokens, closing))
+        return draft, self.recorder.states
+
+    def _read_on(self, text: Text, draft: _Draft, tokens: Int[Tensor, "rows"]) -> None:
+        """Read the tokens and drop the rows that have ended; where there is a recorder, it hears their EOS first."""
+        if self.recorder is not None:
+            text.feed(tokens)
+        if (kept := draft.shrink()) is not None:
+            text.keep(kept)
+            tokens = tokens[kept]
+        if self.recorder is None:
+            text.feed(tokens)

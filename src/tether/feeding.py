@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from tether.attention import roomy_cache
 from tether.trunk import agree, run_backbone
 
 
+@runtime_checkable
 class Text(Protocol):
     """Rows of text in the middle of being written."""
 
@@ -35,7 +36,7 @@ class Text(Protocol):
         """Read one more token a row."""
 
     def keep(self, rows: Int[Tensor, "rows_left"]) -> None:
-        """Go on with these rows alone; `hidden` follows at the next `feed`."""
+        """Go on with these rows alone."""
 
 
 class Recorder:
@@ -104,6 +105,7 @@ class CachedText:
 
     def keep(self, rows: Int[Tensor, "rows_left"]) -> None:
         self._cache.reorder_cache(rows)
+        self.hidden = self.hidden[rows]
         self._mask, self._rows, self._next_positions = self._mask[rows], self._rows[rows], self._next_positions[rows]
 
     def _read_prompts(self, ids: Tensor, mask: Tensor, width: int) -> None:
@@ -136,6 +138,7 @@ class WholeText:
         width: int,
     ) -> None:
         self._backbone = backbone
+        self.hidden: Tensor
         self._lengths = mask.sum(dim=1)
         self._ids = ids.new_zeros(len(ids), ids.shape[1] + width)
         self._ids[torch.arange(self._ids.shape[1], device=ids.device) < self._lengths[:, None]] = ids[mask]
@@ -147,7 +150,7 @@ class WholeText:
         self._read()
 
     def keep(self, rows: Int[Tensor, "rows_left"]) -> None:
-        self._ids, self._lengths = self._ids[rows], self._lengths[rows]
+        self._ids, self._lengths, self.hidden = self._ids[rows], self._lengths[rows], self.hidden[rows]
 
     def _read(self) -> None:
         hidden = run_backbone(self._backbone, self._ids[:, : int(self._lengths.max())])

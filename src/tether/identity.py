@@ -172,7 +172,7 @@ def _told(thing: object, depth: int) -> str:
         return f"{name} {thing.digest()}"
     if isinstance(thing, RewardModel):
         kept = thing.manifest
-        numbers = f"{kept.gain!r} {kept.bias!r} {kept.closed}"
+        numbers = f"{kept.gain!r} {kept.bias!r} {kept.closed} {kept.eos}"
         return f"{name} {numbers} {_of_module(thing.model)} {of_tokenizer(thing.tokenizer)}"
     return _told_by_kind(thing, name, depth - 1)
 

@@ -124,8 +124,11 @@ class LanguagePolicy:
         """
         _check_temperature(temperature)
         self._check_room(prompts.lengths, uniforms.shape[1])
-        generation, states = self._sampler.sample(prompts, uniforms, temperature)
-        self._heard = None if states is None else Heard(Sequences.join(prompts, generation, self.pad), states)
+        full = int(prompts.lengths.max()) + uniforms.shape[1] >= self.context
+        closing = None if full else self.tokenizer.eos_token_id
+        generation, states = self._sampler.sample(prompts, uniforms, temperature, closing)
+        joined = Sequences.join(prompts, generation, self.pad)
+        self._heard = None if states is None else Heard(joined, states, closing)
         return generation
 
     def prepare(self, sequences: Sequences) -> Sequences:
@@ -135,8 +138,8 @@ class LanguagePolicy:
         """
         self._check_still()
         heard, self._heard = self._heard, None
-        known = None if heard is None else heard.states_of(sequences)
-        return self.mode.prepare(sequences) if known is None else sequences.with_states(known)
+        known = None if heard is None else heard.joined_to(sequences)
+        return self.mode.prepare(sequences) if known is None else known
 
     def evaluate(self, sequences: Sequences, temperature: float) -> Evaluation:
         """log-probabilities, values and entropies of the responses under the policy as it stands."""

@@ -54,6 +54,8 @@ class RewardManifest:
     """How many layers were trained above a frozen trunk; None where all were, or where it is not known."""
     closed: bool = True
     """Whether the assistant's turn is ended, as its chat template ends it, before the score is taken."""
+    eos: bool = False
+    """Whether, where the turn is not ended so, an EOS follows the response, and the score is taken there."""
     details: Mapping[str, object] = field(default_factory=dict)
     """Noise, seeds, digests, settings, report: read by people, not by the program."""
 
@@ -162,12 +164,12 @@ class RewardModel:
         rows, sequences = self.encode(rollout.prompts.texts, rollout.texts), rollout.sequences
         if self._split is None or sequences.states is None or not self._knows(sequences):
             return self.normalise(self.score_encoded(Encoded(rows)))
-        known = [_has_states(sequences, index, row) for index, row in enumerate(rows)]
-        shared, others = ([index for index, here in enumerate(known) if here is wanted] for wanted in (True, False))
-        states = [sequences.states[index, : len(rows[index])] for index in shared]
+        known = [known_states(sequences, index, row) for index, row in enumerate(rows)]
+        shared = [index for index, states in enumerate(known) if states is not None]
+        others = [index for index, states in enumerate(known) if states is None]
         raw = torch.empty(len(rows))
-        raw[shared] = self.score_encoded(Encoded([rows[index] for index in shared], states))
-        raw[others] = self.score_encoded(Encoded([rows[index] for index in others]))
+        raw[shared] = self.score_encoded(Encoded([rows[i] for i in shared], [s for s in known if s is not None]))
+        raw[others] = self.score_encoded(Encoded([rows[i] for i in others]))
         return self.normalise(raw)
 
     @torch.no_grad()
@@ -223,6 +225,8 @@ class RewardModel:
         templated = self.tokenizer.chat_template is not None
         texts = [self._text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=not templated)["input_ids"]
+        if self.manifest.eos and not (templated and self.manifest.closed):
+            rows = [[*row, self.tokenizer.eos_token_id] for row in rows]
         for row, ids in enumerate(rows):
             if not 0 < len(ids) <= (self._context or len(ids)):
                 raise InputError(
@@ -298,7 +302,8 @@ class RewardModel:
         if self.manifest.closed:
             turns.append({"role": "assistant", "content": response})
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)) + response
+        asked = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return f"{asked}{response}"
 
     def _knows(self, sequences: Sequences) -> bool:
         """Whether the rollout's states are what this model's own trunk computes, seen on the first row."""
@@ -316,11 +321,20 @@ class RewardModel:
         return bool((distance <= SAME_STATES[self.model.dtype]).all())
 
 
-def _has_states(sequences: Sequences, index: int, row: Sequence[int]) -> bool:
-    """Whether this row of the rollout begins with these tokens, and the trunk has seen the last of them."""
+def known_states(sequences: Sequences, index: int, row: Sequence[int]) -> Float[Tensor, "tokens dim"] | None:
+    """The trunk's states of these tokens, where the rollout's row is the same and the trunk has read the last one.
+
+    The row may be a prefix of the rollout's, or all of it and the closing token.
+    """
     assert sequences.states is not None
-    same = sequences.ids[index, : len(row)].tolist() == row
-    return same and bool(sequences.states[index, len(row) - 1].any())
+    ids, closing = sequences.ids[index, : int(sequences.lengths[index])].tolist(), sequences.closing
+    if ids[: len(row)] == row:
+        states = sequences.states[index, : len(row)]
+    elif closing is not None and [*ids, closing.token] == row:
+        states = torch.cat([sequences.states[index, : len(ids)], closing.states[index][None]])
+    else:
+        return None
+    return states if bool(states[-1].any()) else None
 
 
 def length_groups(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

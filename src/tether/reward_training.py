@@ -152,7 +152,9 @@ def untrained(
     words = load_tokenizer(base, tokenizer, model)
     # The library's own classifiers refuse a batch without a pad token; which one makes no difference here.
     model.config.pad_token_id = words.eos_token_id if words.pad_token_id is None else words.pad_token_id
-    return RewardModel(model, words, RewardManifest(top_layers=top_layers, closed=False))
+    return RewardModel(
+        model, words, RewardManifest(top_layers=top_layers, closed=False, eos=words.eos_token_id is not None)
+    )
 
 
 def _fitted(

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tether.batch import Sequences
+from tether.batch import Closing, Sequences
 
 TOKENS_AT_ONCE = 8192  # padded positions of one forward pass without gradients
 
@@ -29,9 +29,11 @@ class Heard:
 
     sequences: Sequences
     states: Float[Tensor, "batch room dim"]
+    closing: int | None
+    """What was read after the responses that were cut; its states stand one place beyond them."""
 
-    def states_of(self, sequences: Sequences) -> Float[Tensor, "batch total dim"] | None:
-        """The states, where these are the same tokens; else None. An EOS need not be known: 0 there."""
+    def joined_to(self, sequences: Sequences) -> Sequences | None:
+        """The sequences with their states, where these are the same tokens; else None."""
         known = self.sequences
         same = (
             torch.equal(known.prompt_lengths, sequences.prompt_lengths)
@@ -39,7 +41,14 @@ class Heard:
             and known.ids.shape == sequences.ids.shape
             and torch.equal(known.ids[known.mask], sequences.ids[known.mask])
         )
-        return self.states[:, : known.ids.shape[1]].clone() if same else None
+        if not same:
+            return None
+        states = self.states[:, : known.ids.shape[1]].clone()
+        if self.closing is None:
+            return sequences.with_states(states)
+        rows = torch.arange(len(known), device=states.device)
+        beyond = known.lengths.to(states.device).clamp(max=self.states.shape[1] - 1)
+        return sequences.with_states(states, Closing(self.closing, self.states[rows, beyond]))
 
 
 class Remembered:
