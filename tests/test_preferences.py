@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_pairs_and_another_seed_others() -> None:
 
 def test_how_the_labels_were_made_is_declared() -> None:
     pairs = sample_pairs(Digits(), SOURCE, digit_sum, 4, noise=2.5, settings=SETTINGS, seed=3)
-    declared = {"sampled": 4, "noise": 2.5, "seed": 3, "temperature": 1.0, "max_new_tokens": 4}
+    declared = {"sampled": 4, "replies": 2, "noise": 2.5, "seed": 3, "temperature": 1.0, "max_new_tokens": 4}
     assert dict(pairs.origin) == dict(split_halves(pairs, 0)[0].origin) == declared
 
 
@@ -109,7 +109,7 @@ def test_equal_answers_are_passed_over_and_a_policy_of_one_answer_is_refused() -
     pairs = sample_pairs(Often(), SOURCE, digit_sum, 3, noise=1.0, settings=SETTINGS, seed=0)
     assert len(pairs) == 3
     assert all(a != b for a, b in zip(pairs.chosen, pairs.rejected, strict=True))
-    with pytest.raises(InputError, match="same response twice"):
+    with pytest.raises(InputError, match="same response again"):
         sample_pairs(Digits(same=True), SOURCE, digit_sum, 3, noise=1.0, settings=SETTINGS, seed=0)
 
 
@@ -130,6 +130,31 @@ def test_gold_scores_must_be_one_finite_number_a_response() -> None:
         sample(lambda prompts, responses: [1.0])
     with pytest.raises(NonFiniteError, match="gold scorer gave nan"):
         sample(lambda prompts, responses: [float("nan")] * len(responses))
+
+
+def test_each_of_k_replies_is_compared_with_each_other_in_one_group() -> None:
+    pairs = sample_pairs(Digits(), SOURCE, digit_sum, 12, noise=1.0, settings=SETTINGS, seed=7, replies=4)
+    assert [len(unit) for unit in pairs.units] == [6, 6]
+    for unit in pairs.units:
+        group = pairs.take(unit)
+        assert len(set(group.prompts)) == 1
+        assert len({*group.chosen, *group.rejected}) == 4
+        assert len({frozenset(both) for both in zip(group.chosen, group.rejected, strict=True)}) == 6
+        for reply in {*group.chosen, *group.rejected}:
+            assert (*group.chosen, *group.rejected).count(reply) == 3
+    with pytest.raises(InputError, match="1 replies a prompt"):
+        sample_pairs(Digits(), SOURCE, digit_sum, 4, noise=1.0, settings=SETTINGS, seed=0, replies=1)
+
+
+def test_halves_never_tear_a_group() -> None:
+    pairs = some_pairs(10, groups=(0, 0, 0, 1, 1, 2, 3, 3, 4, 4))
+    for seed in range(20):
+        first, second = split_halves(pairs, seed)
+        assert not set(first.groups) & set(second.groups)
+        assert sorted([*first.prompts, *second.prompts]) == sorted(pairs.prompts)
+        assert len(set(first.groups)) == 2
+    with pytest.raises(InputError, match="in 1 groups"):
+        split_halves(some_pairs(6, groups=(0,) * 6), 0)
 
 
 def test_halves_hold_every_pair_once_and_depend_on_the_seed() -> None:

@@ -223,6 +223,8 @@ class PreferenceSettings(Settings):
         512, "Comparisons in all; each of the two models sees one half", usual="512 to 64,000", used="InstructGPT 33k",
         ge=8,
     )  # fmt: skip
+    replies: int = knob(2, "Replies to a prompt, each compared with each", usual="2 to 9", used="InstructGPT 4–9", ge=2)
+    epochs: int = knob(1, "Passes over the comparisons", usual="1", used="InstructGPT, Stiennon 1", ge=1)
     noise: float = knob(0.5, "Temperature of the Bradley–Terry labels, in units of the gold score", usual="0.25", gt=0)
     learning_rate: float = knob(
         1e-4, "Adam's step size at the start; falls to 0", usual="1e-5 to 1e-3", used="InstructGPT 9e-6 (6B)", gt=0

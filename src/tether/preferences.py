@@ -1,7 +1,7 @@
 """Preference pairs: which of two responses is better, sampled from a policy and labelled, or read from a file.
 
-    policy ─ two samples a prompt ─ gold scores g ─ P(a ≻ b) = σ((g_a − g_b)/noise) ─┐
-    a file of prompt / chosen / rejected, plain or conversational ────────────────────┴─▶ Pairs ─▶ halves
+    policy ─ K samples a prompt ─ gold scores g ─ P(a ≻ b) = σ((g_a − g_b)/noise) ─┐
+    a file of prompt / chosen / rejected, plain or conversational ──────────────────┴─▶ Pairs ─▶ halves
 
 Knows no reward model. Read next: `reward_training.py`, which learns from them; `data.py`, which reads them.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import combinations, count, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,9 +44,11 @@ class Pairs:
     rejected_gold: tuple[float, ...] | None = None
     origin: Mapping[str, object] = field(default_factory=dict)
     """Where they come from and how they were labelled: goes into the reward model's manifest."""
+    groups: tuple[int, ...] | None = None
+    """A number a pair: those that compare the same K responses share it. None where every pair stands alone."""
 
     def __post_init__(self) -> None:
-        for name in ("chosen", "rejected", "chosen_gold", "rejected_gold"):
+        for name in ("chosen", "rejected", "chosen_gold", "rejected_gold", "groups"):
             column = getattr(self, name)
             if column is not None and len(column) != len(self.prompts):
                 raise InputError(f"got {len(self.prompts)} prompts and {len(column)} in {name}; wanted one a pair")
@@ -60,6 +62,16 @@ class Pairs:
         if self.chosen_gold is None or self.rejected_gold is None:
             return None
         return tuple(good - bad for good, bad in zip(self.chosen_gold, self.rejected_gold, strict=True))
+
+    @property
+    def units(self) -> list[list[int]]:
+        """The places of the pairs, those of one group together, in the order in which groups begin."""
+        if self.groups is None:
+            return [[place] for place in range(len(self))]
+        found: dict[int, list[int]] = {}
+        for place, group in enumerate(self.groups):
+            found.setdefault(group, []).append(place)
+        return list(found.values())
 
     @property
     def digest(self) -> str:
@@ -76,6 +88,7 @@ class Pairs:
             rejected=_some(self.rejected, places),
             chosen_gold=None if self.chosen_gold is None else _some(self.chosen_gold, places),
             rejected_gold=None if self.rejected_gold is None else _some(self.rejected_gold, places),
+            groups=None if self.groups is None else _some(self.groups, places),
         )
 
     def save(self, path: Path) -> None:
@@ -98,31 +111,37 @@ def sample_pairs(
     noise: float,
     settings: SamplingSettings,
     seed: int,
+    replies: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pairs:
-    """Two different samples a prompt from the policy, labelled by the gold scorer: P(a ≻ b) = σ((g_a − g_b)/noise).
+    """K = `replies` samples a prompt, each compared with each, by the gold scorer: P(a ≻ b) = σ((g_a − g_b)/noise).
 
+    K(K − 1)/2 comparisons for the price of K samples; they belong to one group. Ouyang et al. 2022, §3.5 (K = 4 to 9).
     `noise` is in the gold score's unit: at a margin of one `noise` the better response wins 73 % of the time; 0 labels
-    without error, and ties by a coin. Prompts whose two samples are the same text tell nothing and are passed over.
+    without error, and ties by a coin. Two samples that are the same text tell nothing and are passed over.
     `progress` is called with the pairs found and the pairs wanted.
 
-    Raises InputError where fewer than two pairs are asked for, `noise` is below 0, the gold scorer gives no number for
-    a response, or the policy keeps giving the same answer twice.
+    Raises InputError where fewer than two pairs or replies are asked for, `noise` is below 0, the gold scorer gives no
+    number for a response, or the policy keeps giving the same answer.
     """
     if pairs < 2:
         raise InputError(f"asked for {pairs} preference pairs; wanted at least 2, and hundreds to learn from")
+    if replies < 2:
+        raise InputError(f"asked for {replies} replies a prompt; wanted at least 2 to compare")
     _check_noise(noise)
     found = []
-    for both in islice(_sampled_twice(policy, prompts, gold, settings, seed), pairs):
+    source = replace(prompts, samples_per_prompt=replies)
+    for both in islice(_comparisons(policy, source, gold, settings, seed), pairs):
         found.append(both)
         if progress is not None:
             progress(len(found), pairs)
-    asked, left, right, left_gold, right_gold = zip(*found, strict=True)
+    groups, asked, left, right, left_gold, right_gold = zip(*found, strict=True)
     origin = {
-        "sampled": pairs, "noise": noise, "seed": seed, "temperature": settings.temperature,
+        "sampled": pairs, "replies": replies, "noise": noise, "seed": seed, "temperature": settings.temperature,
         "max_new_tokens": settings.max_new_tokens,
     }  # fmt: skip
-    return replace(label(asked, left, right, left_gold, right_gold, noise=noise, seed=seed), origin=origin)
+    labelled = label(asked, left, right, left_gold, right_gold, noise=noise, seed=seed)
+    return replace(labelled, origin=origin, groups=None if replies == 2 else groups)
 
 
 def label(
@@ -157,28 +176,34 @@ def preference(margin: np.ndarray, noise: float) -> np.ndarray:
 
 
 def split_halves(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
-    """Two random halves without a comparison in common: one for the reward model, one for the hold-out.
+    """Two random halves without a comparison or a group in common: one for the reward model, one for the hold-out.
 
-    A prompt may occur in both, with other responses. Raises InputError where there are fewer than four pairs.
+    A prompt may occur in both, with other responses. Raises InputError where there are fewer than four pairs, or one
+    group.
     """
-    first, second = halves(len(pairs), seed)
+    first, second = halves(pairs, seed)
     return pairs.take(first), pairs.take(second)
 
 
-def halves(pairs: int, seed: int) -> tuple[list[int], list[int]]:
-    """The places of the two halves of so many pairs, each in ascending order."""
-    if pairs < 4:
-        raise InputError(f"got {pairs} preference pairs; wanted at least 4 to split, and hundreds to learn from")
-    order: list[int] = permutation(seed, "halves", pairs).tolist()
-    return sorted(order[: pairs // 2]), sorted(order[pairs // 2 :])
+def halves(pairs: Pairs, seed: int) -> tuple[list[int], list[int]]:
+    """The places of the two halves of the pairs, each in ascending order; a group is never torn."""
+    units = pairs.units
+    if len(pairs) < 4 or len(units) < 2:
+        raise InputError(
+            f"got {len(pairs)} preference pairs in {len(units)} groups; wanted at least 4 in 2 groups to split, and "
+            "hundreds to learn from"
+        )
+    order: list[int] = permutation(seed, "halves", len(units)).tolist()
+    parts = (order[: len(units) // 2], order[len(units) // 2 :])
+    first, second = (sorted(place for unit in part for place in units[unit]) for part in parts)
+    return first, second
 
 
-def _sampled_twice(
-    policy: Policy, prompts: PromptSource, gold: Reward, settings: SamplingSettings, seed: int
-) -> Iterator[tuple[Prompt, str, str, float, float]]:
-    """Prompt, two different responses to it and their gold scores, without end."""
-    source = replace(prompts, samples_per_prompt=2)
-    barren = 0
+def _comparisons(
+    policy: Policy, source: PromptSource, gold: Reward, settings: SamplingSettings, seed: int
+) -> Iterator[tuple[int, Prompt, str, str, float, float]]:
+    """Group, prompt, two different responses to it and their gold scores, without end."""
+    replies, barren = source.samples_per_prompt, 0
     for number in count():
         batch = source.batch(number)
         draws = uniforms(seed, "preference", number, batch.keys, settings.max_new_tokens)
@@ -186,14 +211,18 @@ def _sampled_twice(
             generation = policy.generate(batch, draws, settings.temperature)
         texts = policy.decode(generation.responses, generation.response_mask)
         scores = _gold_scores(gold, batch.texts, texts, batch.columns)
-        both = zip(batch.texts[::2], texts[::2], texts[1::2], scores[::2], scores[1::2], strict=True)
-        different = [row for row in both if row[1] != row[2]]
+        different = [
+            (batch.keys[a] // replies, batch.texts[a], texts[a], texts[b], scores[a], scores[b])
+            for first in range(0, len(texts), replies)
+            for a, b in combinations(range(first, first + replies), 2)
+            if texts[a] != texts[b]
+        ]
         yield from different
         barren = 0 if different else barren + 1
         if barren == BARREN_BATCHES:
             raise InputError(
-                f"the policy gave the same response twice to each prompt of {barren} batches; wanted responses that "
-                "can be compared: raise the temperature, or check that it is no finished PPO policy"
+                f"the policy gave the same response again to each prompt of {barren} batches; wanted responses "
+                "that can be compared: raise the temperature, or check that it is no finished PPO policy"
             )
 
 

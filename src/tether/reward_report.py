@@ -59,7 +59,7 @@ class RewardReport:
     pairs: int
     accuracy: float
     accuracy_se: float
-    """√(p(1 − p)/pairs)."""
+    """√(p(1 − p)/pairs); where pairs share responses, √(Σ_group (Σ_pair right − p)²)/pairs."""
     floor_accuracy: float
     """The bag of words', on the same pairs."""
     ceiling_accuracy: float | None
@@ -103,6 +103,16 @@ class RewardReport:
             )
         return tuple(found)
 
+    def line(self, role: str) -> str:
+        """What the model of this role is worth, in a line."""
+        known = [("best possible", self.ceiling_accuracy), ("correlation with gold", self.gold_pearson)]
+        notes = "".join(f", {name} {number:.2f}" for name, number in known if number is not None)
+        return (
+            f"{role} model: accuracy {self.accuracy:.3f} ± {self.accuracy_se:.3f} on {self.pairs} held-out "
+            f"comparisons (bag of words {self.floor_accuracy:.3f}{notes}), calibration error "
+            f"{self.calibration_error:.3f}, correlation with length {self.length_correlation:+.2f}"
+        )
+
     def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "warnings": list(self.warnings)}
 
@@ -132,7 +142,7 @@ def measure(
     return RewardReport(
         pairs=len(heldout),
         accuracy=accuracy,
-        accuracy_se=(accuracy * (1 - accuracy) / len(heldout)) ** 0.5,
+        accuracy_se=_standard_error(margins, accuracy, heldout.units),
         floor_accuracy=accuracy_of(word_margins(trained_on, heldout)),
         ceiling_accuracy=_ceiling(gold, heldout.origin.get("noise")),
         log_loss=float(np.logaddexp(0.0, -margins).mean()),
@@ -150,6 +160,12 @@ def measure(
 def accuracy_of(margins: Numbers) -> float:
     """Share of margins above 0; 0 counts half."""
     return float((np.sign(margins) + 1.0).mean() / 2.0)
+
+
+def _standard_error(margins: Numbers, accuracy: float, units: Sequence[Sequence[int]]) -> float:
+    """Of the accuracy: groups are independent, pairs within one are not. Liang & Zeger 1986."""
+    excess = (np.sign(margins) + 1.0) / 2.0 - accuracy
+    return float(np.sqrt(sum(excess[list(unit)].sum() ** 2 for unit in units)) / len(margins))
 
 
 def calibrate(margins: Numbers) -> tuple[CalibrationBin, ...]:
@@ -176,11 +192,13 @@ def word_margins(train: Pairs, heldout: Pairs) -> Numbers:
     w minimises Σ softplus(−w·x) + ½λ|w|² on the training pairs. Words are lower-cased, marks count as words.
     """
     vocabulary = _vocabulary(train)
-    features = _differences(train, vocabulary)
-    aside = torch.arange(len(features)) % 5 == 0
-    losses = [_softplus(-features[aside] @ _fit(features[~aside], penalty)) for penalty in PENALTIES]
+    parts: tuple[list[int], list[int]] = ([], [])
+    for number, unit in enumerate(train.units):
+        parts[number % 5 == 0].extend(unit)
+    learned, aside = (_differences(train.take(part), vocabulary) for part in parts)
+    losses = [_softplus(-aside @ _fit(learned, penalty)) for penalty in PENALTIES]
     best = PENALTIES[int(np.argmin(losses))]
-    margins: Numbers = (_differences(heldout, vocabulary) @ _fit(features, best)).numpy()
+    margins: Numbers = (_differences(heldout, vocabulary) @ _fit(_differences(train, vocabulary), best)).numpy()
     return margins
 
 
@@ -209,14 +227,20 @@ def _vocabulary(pairs: Pairs) -> dict[str, int]:
 
 
 def _differences(pairs: Pairs, vocabulary: dict[str, int]) -> Tensor:
-    """Word counts of chosen less rejected, [pairs, vocabulary]."""
-    features = torch.zeros(len(pairs), max(len(vocabulary), 1), dtype=torch.float64)
-    for row, (good, bad) in enumerate(zip(pairs.chosen, pairs.rejected, strict=True)):
-        for text, sign in ((good, 1.0), (bad, -1.0)):
-            for word in _words(text):
-                if word in vocabulary:
-                    features[row, vocabulary[word]] += sign
-    return features
+    """Word counts of chosen less rejected, [pairs, vocabulary], sparse."""
+    entries = [
+        (row, vocabulary[word], sign)
+        for row, sides in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
+        for text, sign in zip(sides, (1.0, -1.0), strict=True)
+        for word in _words(text)
+        if word in vocabulary
+    ]
+    rows, words, signs = zip(*entries, strict=True) if entries else ((), (), ())
+    places = torch.tensor([rows, words], dtype=torch.long)
+    size = (len(pairs), max(len(vocabulary), 1))
+    return torch.sparse_coo_tensor(
+        places, torch.tensor(signs, dtype=torch.float64), size, check_invariants=True
+    ).coalesce()
 
 
 def _words(text: str) -> list[str]:

@@ -20,13 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from tether.batch import Prompt
 from tether.classifiers import new_classifier
+from tether.compared import Compared, compare
 from tether.config import UpdateSettings
 from tether.errors import InputError, NonFiniteError
 from tether.loading import Precision, Source, load_tokenizer
 from tether.numerics import bradley_terry_loss
 from tether.optimiser import Optimiser
 from tether.preferences import Pairs, halves
-from tether.reward_model import Encoded, RewardManifest, RewardModel, length_groups
+from tether.reward_model import RewardManifest, RewardModel, length_groups
 from tether.reward_report import RewardReport, measure
 from tether.streams import permutation
 
@@ -48,7 +49,7 @@ class RewardTraining:
     learning_rate: float = 1e-4
     """Adam's at the start; it falls linearly to 0."""
     batch_pairs: int = 8
-    """Pairs in one step."""
+    """Pairs in one step, at least: comparisons of the same responses go together."""
     seed: int = 0
     """Of the head and of the pairs' order."""
 
@@ -78,8 +79,7 @@ def train_reward_model(
     """
     knobs = RewardTraining(top_layers, epochs, learning_rate, batch_pairs, seed)
     reward = untrained(base, tokenizer, top_layers=top_layers, seed=seed, dtype=dtype, device=device)
-    chosen, rejected = (reward.prepare(pairs.prompts, side) for side in (pairs.chosen, pairs.rejected))
-    return _fitted(reward, pairs, chosen, rejected, base, knobs, progress)
+    return _fitted(reward, compare(reward, pairs), base, knobs, progress)
 
 
 @dataclass(frozen=True)
@@ -113,25 +113,23 @@ def train_two(
     model has been trained on one half. `progress`: as for one model, with "reward" or "holdout" before the numbers.
     Raises what `split_halves`, `train_reward_model` and `RewardModel.normalised_on` raise.
     """
-    places = halves(len(pairs), seed)
+    places = halves(pairs, seed)
     seeds = (seed, seed + 1)
     first, second = (
         untrained(base, tokenizer, top_layers=top_layers, seed=own, dtype=dtype, device=device) for own in seeds
     )
     # One trunk under both: what the first computes serves the second.
-    chosen, rejected = (first.prepare(pairs.prompts, side) for side in (pairs.chosen, pairs.rejected))
-    samples = first.prepare(*reference) if reference else chosen.then(rejected)
+    every = compare(first, pairs)
+    samples = first.prepare(*reference) if reference else None
     models, reports = [], []
     for number, (role, reward) in enumerate((("reward", first), ("holdout", second))):
         own, other = places[number], places[1 - number]
         knobs = RewardTraining(top_layers, epochs, learning_rate, batch_pairs, seeds[number])
-        model = _fitted(
-            reward, pairs.take(own), chosen.take(own), rejected.take(own), base, knobs,
-            progress and partial(progress, role),
-        )  # fmt: skip
-        good, bad = model.score_encoded(chosen.take(other)), model.score_encoded(rejected.take(other))
-        reports.append(measure(good, bad, heldout=pairs.take(other), trained_on=pairs.take(own)))
-        model = model.normalised_on(model.score_encoded(samples))
+        model = _fitted(reward, every.take(own), base, knobs, progress and partial(progress, role))
+        raw, unseen = model.score_encoded(every.every), every.take(other)
+        good, bad = raw[list(unseen.chosen)], raw[list(unseen.rejected)]
+        reports.append(measure(good, bad, heldout=unseen.pairs, trained_on=pairs.take(own)))
+        model = model.normalised_on(raw if samples is None else model.score_encoded(samples))
         source = "given" if reference else "the responses of all pairs"
         models.append(model.described(role=role, reference_source=source, report=reports[-1].as_dict()))
     return TwoRewardModels(models[0], models[1], reports[0], reports[1])
@@ -158,16 +156,11 @@ def untrained(
 
 
 def _fitted(
-    reward: RewardModel,
-    pairs: Pairs,
-    chosen: Encoded,
-    rejected: Encoded,
-    base: Source,
-    knobs: RewardTraining,
-    progress: Progress | None,
+    reward: RewardModel, compared: Compared, base: Source, knobs: RewardTraining, progress: Progress | None
 ) -> RewardModel:
     """The model after its epochs, frozen again, with its training in the manifest."""
-    _fit(reward, chosen, rejected, knobs, progress)
+    _fit(reward, compared, knobs, progress)
+    pairs = compared.pairs
     training = {
         "base": str(base) if isinstance(base, str | Path) else type(base).__name__,
         "pairs": len(pairs), "pairs_digest": pairs.digest, "epochs": knobs.epochs,
@@ -177,20 +170,18 @@ def _fitted(
     return reward.described(labels=dict(pairs.origin), training=training)
 
 
-def _fit(
-    reward: RewardModel, chosen: Encoded, rejected: Encoded, knobs: RewardTraining, progress: Progress | None
-) -> None:
-    if not len(chosen):
+def _fit(reward: RewardModel, compared: Compared, knobs: RewardTraining, progress: Progress | None) -> None:
+    if not len(compared.pairs):
         raise InputError("got no preference pair; wanted at least one, and hundreds to learn from")
     parameters = reward.trainable()
     for parameter in parameters:
         parameter.requires_grad_(True)
     settings = UpdateSettings(learning_rate=knobs.learning_rate, adam_epsilon=ADAM_EPSILON, max_grad_norm=MAX_GRAD_NORM)
     optimiser = Optimiser({"reward": parameters}, settings)
-    batches = list(_batches(len(chosen), knobs))
+    batches = list(_batches(compared.pairs.units, knobs))
     for step, batch in enumerate(batches):
         optimiser.set_progress(step / len(batches))
-        loss = _accumulate(reward, chosen.take(batch), rejected.take(batch), optimiser)
+        loss = _accumulate(reward, compared, batch, optimiser)
         norm = optimiser.gradient_norm()
         if not bool(torch.isfinite(norm)):
             raise NonFiniteError(f"the gradient of step {step} is {float(norm)}; lower the learning rate")
@@ -200,20 +191,30 @@ def _fit(
     reward.model.requires_grad_(False)
 
 
-def _batches(pairs: int, knobs: RewardTraining) -> Iterator[list[int]]:
+def _batches(units: Sequence[list[int]], knobs: RewardTraining) -> Iterator[list[list[int]]]:
+    """Whole groups of comparisons, as many as make up a batch; each epoch in an order of its own."""
     for epoch in range(knobs.epochs):
-        order: list[int] = permutation(knobs.seed, "pairs", pairs, epoch).tolist()
-        yield from (order[start : start + knobs.batch_pairs] for start in range(0, pairs, knobs.batch_pairs))
+        batch: list[list[int]] = []
+        for place in permutation(knobs.seed, "pairs", len(units), epoch).tolist():
+            batch.append(units[place])
+            if sum(map(len, batch)) >= knobs.batch_pairs:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
 
 
-def _accumulate(reward: RewardModel, chosen: Encoded, rejected: Encoded, optimiser: Optimiser) -> float:
-    """Gradients of one batch, split so that the two sides of a pair stay together. Returns its loss."""
-    loss = 0.0
-    longest = [max(len(good), len(bad)) for good, bad in zip(chosen.rows, rejected.rows, strict=True)]
-    for group in length_groups(longest, TOKENS_PER_PASS // 2):
-        raw = reward.forward(chosen.take(group).then(rejected.take(group)))
-        part = bradley_terry_loss(raw[: len(group)], raw[len(group) :]) * (len(group) / len(chosen))
-        part.backward()  # type: ignore[no-untyped-call]
+def _accumulate(reward: RewardModel, compared: Compared, batch: list[list[int]], optimiser: Optimiser) -> float:
+    """Gradients of one batch, split so that a group stays together. Returns its loss, the mean over its pairs."""
+    loss, pairs = 0.0, sum(map(len, batch))
+    parts = [compared.take(unit) for unit in batch]
+    most = max(len(part.rows) for part in parts)
+    for group in length_groups([part.longest for part in parts], TOKENS_PER_PASS // most):
+        places = [place for index in group for place in batch[index]]
+        part = compared.take(places)
+        good, bad = part.sides(reward.forward(part.responses))
+        mean = bradley_terry_loss(good, bad) * (len(places) / pairs)
+        mean.backward()  # type: ignore[no-untyped-call]
         optimiser.collect()
-        loss += part.item()
+        loss += mean.item()
     return loss

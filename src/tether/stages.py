@@ -7,39 +7,32 @@ all, and says what came of it, with `--json` for programs. Read next: `finetune.
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import Progress, TaskID
 
-from tether.config import RunSettings
 from tether.data import read_demonstrations, read_preferences
 from tether.errors import ConfigError, InputError
 from tether.finetune import Finetuned, Finetuning, finetune
 from tether.loading import Precision, layer_count
-from tether.preferences import Pairs, sample_pairs
-from tether.prompts import PromptSet, TooLong
+from tether.phases import phases
+from tether.prompts import TooLong
 from tether.recipe_files import load_recipe
 from tether.reward_model import MANIFEST_FILE as REWARD_MANIFEST
-from tether.reward_report import RewardReport
 from tether.reward_stage import LearnedReward, fit_pairs, learn_preferences, own_replies
 from tether.reward_training import RewardTraining
-from tether.session import open_policy, prepare_process, source_of
+from tether.session import prepare_process
 from tether.sft_checkpoint import MANIFEST_FILE as SFT_MANIFEST
 from tether.sft_checkpoint import require_free
 from tether.terminal import console_for_output
-from tether.worlds.world import World, WorldName, open_world
+from tether.world_judges import world_pairs
+from tether.worlds.world import WorldName, open_world
 
 REPORT_FILE = "report.json"
 HOLDOUT_FOLDER = "holdout"
 """Where the twin stands, within the reward model's folder."""
 TOP_LAYERS = 6
-PAIRS_AT_ONCE = 32
-PLAIN_LINES = 10
-"""Lines of progress where no terminal is."""
 
 
 # ── tether sft ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,7 +83,7 @@ def main_sft(
         data, split=split, subset=subset, prompt_column=prompt_column, completion_column=completion_column, limit=limit
     )
     console.print(f"{len(shown)} demonstrations from {data}", soft_wrap=True)
-    with _bars(console) as tell:
+    with phases(console) as tell:
         made = finetune(
             model, shown, knobs, chat_template=template, dtype=dtype,
             progress=lambda done, total, loss: tell("learning", done, total, f"loss {loss:.3f}"),
@@ -176,7 +169,7 @@ def main_reward(
     if world is not None:
         place, settings = open_world(world), load_recipe(world).with_seed(seed)
         base = model or str(place.model)
-        pairs, samples = _world_pairs(place, settings, console), 0
+        pairs, samples = world_pairs(place, settings, console), 0
     else:
         pairs = read_preferences(
             str(data), split=split, subset=subset, prompt_column=prompt_column, chosen_column=chosen_column,
@@ -186,12 +179,12 @@ def main_reward(
         console.print(f"{len(pairs)} comparisons from {data}", soft_wrap=True)
     layers = None if all_weights else top_layers or min(TOP_LAYERS, layer_count(base))
     knobs = RewardTraining(layers, epochs, learning_rate, batch_pairs, seed)
-    with _bars(console) as tell:
+    with phases(console) as tell:
         replies = None
         if samples:
             replies = own_replies(
                 reference or base, pairs.prompts, samples, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
-                progress=lambda done, total: tell("reference replies", done, total, ""),
+                progress=lambda done, total: tell("reference replies", done, total),
             )  # fmt: skip
         learned = learn_preferences(
             pairs, base, knobs, heldout=heldout, holdout=holdout, reference=replies, dtype=dtype,
@@ -203,20 +196,6 @@ def main_reward(
     _tell_reward(learned, out, console)
 
 
-def _world_pairs(world: World, settings: RunSettings, console: Console) -> Pairs:
-    """Two replies of the world's SFT model to each prompt, labelled by its gold scorer with the recipe's noise."""
-    knobs = settings.preferences
-    policy = open_policy(world.model, settings)
-    source = source_of(PromptSet(world.train_prompts), policy, settings, PAIRS_AT_ONCE)
-    with _bars(console) as tell:
-        pairs = sample_pairs(
-            policy, source, world.gold, knobs.pairs, noise=knobs.noise, settings=settings.ppo.sampling,
-            seed=settings.ppo.seed, progress=lambda done, total: tell("comparisons", done, total, ""),
-        )  # fmt: skip
-    console.print(f"{len(pairs)} comparisons of the SFT model's own replies, labelled by gold, noise {knobs.noise:g}")
-    return pairs
-
-
 def _save_reward(learned: LearnedReward, out: Path) -> None:
     learned.reward.save_pretrained(out)
     if learned.holdout is not None:
@@ -225,47 +204,14 @@ def _save_reward(learned: LearnedReward, out: Path) -> None:
 
 
 def _tell_reward(learned: LearnedReward, out: Path, console: Console) -> None:
-    console.print(report_line("reward", learned.report), soft_wrap=True)
+    console.print(learned.report.line("reward"), soft_wrap=True)
     if learned.holdout_report is not None:
-        console.print(report_line("holdout", learned.holdout_report), soft_wrap=True)
+        console.print(learned.holdout_report.line("holdout"), soft_wrap=True)
     _tell_warnings(learned.warnings, console)
     console.print(f"wrote {out}", soft_wrap=True)
-
-
-def report_line(role: str, report: RewardReport) -> str:
-    """What a reward model is worth, in a line."""
-    known = [("best possible", report.ceiling_accuracy), ("correlation with gold", report.gold_pearson)]
-    notes = "".join(f", {name} {number:.2f}" for name, number in known if number is not None)
-    return (
-        f"{role} model: accuracy {report.accuracy:.3f} ± {report.accuracy_se:.3f} on {report.pairs} held-out "
-        f"comparisons (bag of words {report.floor_accuracy:.3f}{notes}), calibration error "
-        f"{report.calibration_error:.3f}, correlation with length {report.length_correlation:+.2f}"
-    )
 
 
 # ── both ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _tell_warnings(warnings: tuple[str, ...], console: Console) -> None:
     for warning in warnings:
         console.print(f"  warning: {warning}", soft_wrap=True)
-
-
-class _Tell:
-    """Shows how far a phase is: a bar a phase on a terminal, a few plain lines elsewhere."""
-
-    def __init__(self, console: Console, progress: Progress) -> None:
-        self._console, self._progress = console, progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, phase: str, done: int, total: int, note: str) -> None:
-        if self._console.is_terminal:
-            if phase not in self._tasks:
-                self._tasks[phase] = self._progress.add_task(phase, total=total)
-            self._progress.update(self._tasks[phase], completed=done, description=f"{phase} {note}".strip())
-        elif done == total or done % max(total // PLAIN_LINES, 1) == 0:
-            self._console.print(f"{phase}: {done} of {total} {note}".rstrip(), soft_wrap=True)
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[_Tell]:
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield _Tell(console, progress)

@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 
 from rich.console import Console
-from rich.progress import Progress
 
 from tether.batch import Prompt, Reward
 from tether.config import RunSettings
+from tether.phases import phases
 from tether.preferences import Pairs, sample_pairs
 from tether.prompts import PromptSet
 from tether.reward_model import RewardModel
-from tether.reward_report import RewardReport
 from tether.reward_training import train_two
 from tether.session import Judges, judges_folder, open_policy, source_of
 from tether.worlds.world import World
 
-PAIRS_AT_ONCE = 32
+REPLIES_AT_ONCE = 64
 ROLES = ("reward", "holdout")
 GOLD_FILE = "gold.json"
 
@@ -58,24 +58,31 @@ def _keep_gold_scale(pairs: Pairs, gold: Reward, path: Path) -> None:
     path.write_text(json.dumps({"mean": fmean(scores), "std": pstdev(scores) or 1.0}), "utf-8")
 
 
-def _train_both(world: World, settings: RunSettings, folder: Path, console: Console) -> None:
-    knobs = settings.preferences
-    policy = open_policy(settings.model.source or world.model, settings)
+def world_pairs(world: World, settings: RunSettings, console: Console) -> Pairs:
+    """Comparisons of the SFT model's own replies, labelled by the world's gold scorer with the recipe's noise."""
+    knobs, started = settings.preferences, settings.model.source or world.model
+    policy = open_policy(started, settings)
+    source = source_of(PromptSet(world.train_prompts), policy, settings, max(1, REPLIES_AT_ONCE // knobs.replies))
+    with phases(console) as tell:
+        pairs = sample_pairs(
+            policy, source, world.gold, knobs.pairs, noise=knobs.noise, settings=settings.ppo.sampling,
+            seed=settings.ppo.seed, replies=knobs.replies, progress=partial(tell, "comparisons"),
+        )  # fmt: skip
     console.print(
-        f"{knobs.pairs} comparisons of the SFT model's own replies, labelled by gold with noise {knobs.noise:g}"
+        f"{len(pairs)} comparisons of the SFT model's own replies, {knobs.replies} to a prompt, labelled by gold with "
+        f"noise {knobs.noise:g}",
+        soft_wrap=True,
     )
-    source = source_of(PromptSet(world.train_prompts), policy, settings, PAIRS_AT_ONCE)
-    pairs = sample_pairs(
-        policy, source, world.gold, knobs.pairs,
-        noise=knobs.noise, settings=settings.ppo.sampling, seed=settings.ppo.seed,
-    )  # fmt: skip
-    del policy
-    with Progress(console=console, transient=True) as progress:
-        tasks = {role: progress.add_task(f"{role} model", total=None) for role in ROLES}
+    return pairs
+
+
+def _train_both(world: World, settings: RunSettings, folder: Path, console: Console) -> None:
+    knobs, pairs = settings.preferences, world_pairs(world, settings, console)
+    with phases(console) as tell:
         two = train_two(
-            pairs, world.model, top_layers=knobs.top_layers, learning_rate=knobs.learning_rate,
+            pairs, world.model, top_layers=knobs.top_layers, epochs=knobs.epochs, learning_rate=knobs.learning_rate,
             batch_pairs=knobs.batch_pairs, seed=settings.ppo.seed, dtype=settings.model.dtype,
-            progress=lambda role, done, total, _: progress.update(tasks[role], completed=done, total=total),
+            progress=lambda role, done, total, loss: tell(f"{role} model", done, total, f"loss {loss:.3f}"),
         )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     _keep_gold_scale(pairs, world.gold, folder / GOLD_FILE)
@@ -83,16 +90,6 @@ def _train_both(world: World, settings: RunSettings, folder: Path, console: Cons
         ROLES, (two.reward, two.holdout), (two.reward_report, two.holdout_report), strict=True
     ):
         model.save_pretrained(folder / role)
-        console.print(_report_line(role, report), soft_wrap=True)
+        console.print(report.line(role), soft_wrap=True)
         for warning in report.warnings:
             console.print(f"  warning: {warning}", soft_wrap=True)
-
-
-def _report_line(role: str, report: RewardReport) -> str:
-    known = [("best possible", report.ceiling_accuracy), ("correlation with gold", report.gold_pearson)]
-    notes = "".join(f", {name} {number:.2f}" for name, number in known if number is not None)
-    return (
-        f"{role} model: accuracy {report.accuracy:.3f} ± {report.accuracy_se:.3f} on {report.pairs} held-out "
-        f"comparisons (bag of words {report.floor_accuracy:.3f}{notes}), "
-        f"correlation with length {report.length_correlation:+.2f}"
-    )
