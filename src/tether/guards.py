@@ -109,6 +109,8 @@ class Trends:
 
     def _string(self, now: Mapping[str, float]) -> Iterator[Alarm]:
         kl, beta, knobs = now["kl/mean"], now["beta"], self.settings.reward
+        if beta < 0.0:
+            yield Alarm("kl_sign", f"β is {beta:g}: drifting from the reference is paid", {"beta": beta})
         if self._trips("no_string", beta == 0.0):
             yield Alarm("no_string", f"β is 0 and K is {kl:.3g} nats", {"kl": kl})
         beyond = knobs.controller != "fixed" and kl > 1.5 * knobs.target_kl and self._updates() > SETTLED

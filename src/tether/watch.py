@@ -10,7 +10,7 @@ is not. What an alarm does to the run is `on_alarm`. Read next: `verdict.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,6 +31,16 @@ ALWAYS = 3
 """Updates at the start in which every probe is asked."""
 EVERY = {"reference": 4, "reward": 10, "passes": 50}
 """Updates between two questions of a probe, later on."""
+SAMPLER = frozenset(name for name, failure in FAILURES.items() if failure.kind == "statistic")
+EXPLAINS = {
+    "dropout_on": SAMPLER | {"wrong_reference", "first_ratio", "padding_leak"},
+    "padding_leak": SAMPLER | {"wrong_reference", "first_ratio"},
+    "off_by_one": SAMPLER,
+    "prompt_in_mask": SAMPLER,
+    "no_eos_credit": SAMPLER,
+    "nan": frozenset({"first_ratio"}),
+}
+"""What follows from a failure, and is not told beside it."""
 CLEAN_UPDATES = 10
 """After so many updates without it, a guard's alarm is cleared; what was wrong by an identity stays in the weights."""
 
@@ -62,7 +72,7 @@ class Watch:
         with torch.no_grad():
             self._found = [*check(moment), *probes.ask(moment)]
         if run.step == 0 and self.same_start:
-            self._found += self._start(moment)
+            self._found += check_start(moment)
         self._seconds = time.perf_counter() - started
 
     def after(self, record: Record) -> tuple[list[Alarm], list[str]]:
@@ -73,7 +83,7 @@ class Watch:
             found += check_outcome(record.outcome, self._probes.tolerance)
             found += self._trends.check(record.metrics, distinct=len(set(record.rollout.texts)))
         self._found = []
-        fresh = list(self._fresh(record.step, _once(found)))
+        fresh = list(self._fresh(record.step, list(_once(found))))
         over = [
             name
             for name, (last, _) in self.active.items()
@@ -96,13 +106,12 @@ class Watch:
             told = "; ".join(f"{alarm.failure.title} ({alarm.seen})" for alarm in grave)
             raise AlarmError(f"stopped by an alarm: {told}. {grave[0].remedy}")
 
-    def _start(self, moment: Moment) -> list[Alarm]:
-        """A start off the reference, unless dropout or padding explains it."""
-        explained = any(alarm.reason in ("dropout_on", "padding_leak") for alarm in self._found)
-        return [] if explained else list(check_start(moment))
-
-    def _fresh(self, step: int, found: Iterable[Alarm]) -> Iterator[Alarm]:
+    def _fresh(self, step: int, found: Sequence[Alarm]) -> Iterator[Alarm]:
+        reasons = self.active.keys() | {alarm.reason for alarm in found}
+        explained = {told for reason in reasons for told in EXPLAINS.get(reason, ()) if told != reason}
         for alarm in found:
+            if alarm.reason in explained:
+                continue
             known = self.active.get(alarm.reason)
             if known is None or (known[1] == "warning" and alarm.severity == "alarm"):
                 yield alarm

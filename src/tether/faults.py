@@ -1,0 +1,304 @@
+# ruff: noqa: ARG001, ARG005  (stand-ins keep the signature of what they stand in for)
+"""Faults on purpose: each failure of the catalogue planted where it would really be, to see what the checks say of it.
+
+    with planted("kl_sign"): train_run(task, faulty_settings(settings, "kl_sign"), …)
+
+A fault is the error itself in the real code path (a swapped difference, a shared weight, a sampler that cuts the tail),
+never a forged number. Faults of models and samplers stand in `fault_models.py`. Nothing here is used by a run that
+asks for no fault. Read next: `failures.toml`, which says of each what it plants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+import tether.advantages
+import tether.fault_models as models
+import tether.rewards
+import tether.session
+import tether.trainer
+from tether.alarms import FAILURES
+from tether.batch import Prompt, Reward, Rollout, Scores, plain_text
+from tether.config import RunSettings
+from tether.errors import ConfigError
+from tether.fault_models import Plant, replace_attribute
+from tether.numerics import gae, kl_k3, tethered_rewards
+from tether.optimiser import Optimiser
+from tether.reward_model import RewardModel
+from tether.trainer import Run
+from tether.worlds.nano_gold import STRENGTHS, Flaw, judge
+
+FAULTS: tuple[str, ...] = tuple(name for name, failure in FAILURES.items() if failure.planted)
+"""Every fault that can be planted."""
+
+
+@contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    """Plant a fault for the duration; None plants nothing. Raises ConfigError for a name that is no fault."""
+    with ExitStack() as stack:
+        if name is not None:
+            PLANTS.get(check_fault(name), _nothing)(stack)
+        yield
+
+
+def faulty_settings(settings: RunSettings, name: str | None) -> RunSettings:
+    """The settings with those changed that the fault consists of."""
+    if name is None or check_fault(name) not in SETTINGS:
+        return settings
+    values = settings.dump()
+    for path, value in SETTINGS[name](settings).items():
+        room = values
+        *parents, knob = path.split(".")
+        for parent in parents:
+            room = room[parent]  # type: ignore[assignment]
+        room[knob] = value
+    return RunSettings.model_validate(values)
+
+
+def check_fault(name: str) -> str:
+    """The name, if there is such a fault. Raises ConfigError with the nearest."""
+    if name in FAULTS:
+        return name
+    near = get_close_matches(name, FAULTS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"there is no fault {name!r}{hint}; faults: {', '.join(FAULTS)}")
+
+
+def _nothing(stack: ExitStack) -> None:
+    """The fault is in the settings alone."""
+
+
+# ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+SETTINGS: Mapping[str, Callable[[RunSettings], Mapping[str, object]]] = {
+    "too_many_epochs": lambda run: {
+        "ppo.update.epochs": 16,
+        "ppo.update.early_stop_kl": None,
+        "ppo.update.learning_rate": 8.0 * run.ppo.update.learning_rate,
+    },
+    "no_string": lambda run: {"ppo.reward.beta": 0.0, "ppo.reward.controller": "fixed"},
+    "over_optimised": lambda run: {"ppo.reward.beta": 0.1 * run.ppo.reward.beta},
+    "value_too_big": lambda run: {"ppo.update.value_learning_rate": 1e-9},
+    "adam_spike": lambda run: {"ppo.update.adam_epsilon": 1e-12, "ppo.update.early_stop_kl": None},
+    "controller_hunts": lambda run: {
+        "ppo.reward.controller": "adaptive",
+        "ppo.reward.target_kl": 2.0,
+        "ppo.reward.horizon": 2 * run.ppo.batch_size,
+    },
+}
+
+
+# ── rewards and advantages ──────────────────────────────────────────────────────────────────────────────────────────
+def _room_4(make: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]) -> Plant:
+    """Another way to put score and string together: (scores, log π, log π_ref, mask, β) → rewards."""
+
+    def plant(stack: ExitStack) -> None:
+        def wrong(
+            scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float, **named: bool
+        ) -> Tensor:
+            return torch.where(mask, make(scores, logprobs, ref_logprobs, mask, float(beta)), 0.0)
+
+        replace_attribute(stack, tether.rewards, "tethered_rewards", lambda original: wrong)
+
+    return plant
+
+
+def _dense(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
+    return scores[:, None] - beta * (logprobs - ref_logprobs)
+
+
+def _averaged(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
+    lengths = mask.sum(dim=1, keepdim=True)
+    return tethered_rewards(scores, logprobs / lengths, ref_logprobs / lengths, mask, beta)
+
+
+def _by_k3(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
+    return tethered_rewards(scores, logprobs, logprobs, mask, beta) - beta * kl_k3(logprobs, ref_logprobs)
+
+
+def _on_the_first(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, beta: float) -> Tensor:
+    rewards = -beta * (logprobs - ref_logprobs)
+    return torch.cat([rewards[:, :1] + scores[:, None], rewards[:, 1:]], dim=1)
+
+
+def _whiten_over_pads(stack: ExitStack) -> None:
+    def wrong(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+        return torch.where(mask, (x - x.mean()) / (x.var(correction=0) + 1e-8).sqrt(), 0.0)
+
+    replace_attribute(stack, tether.advantages, "masked_whiten", lambda original: wrong)
+
+
+def _wrong_advantages(stack: ExitStack) -> None:
+    def wrong(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+        early = torch.cat([values[:, :1], values[:, :-1]], dim=1)
+        return gae(rewards.roll(-1, dims=1), early, mask, gamma, lam)
+
+    replace_attribute(stack, tether.advantages, "gae", lambda original: wrong)
+
+
+# ── the reward ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def _reward(change: Callable[[Reward], Reward]) -> Plant:
+    """Another reward in place of the run's own."""
+
+    def plant(stack: ExitStack) -> None:
+        def build(original: Callable[..., Run]) -> Callable[..., Run]:
+            def run(policy: object, reward: Reward, *rest: object, **named: object) -> Run:
+                return original(policy, change(reward), *rest, **named)
+
+            return run
+
+        replace_attribute(stack, tether.session, "Run", build)
+
+    return plant
+
+
+def _flawed(flaw: Flaw, strength: float = 1.0) -> Callable[[Reward], Reward]:
+    """The reward and, for each thing that the flaw counts, some points more."""
+
+    def change(reward: Reward) -> Reward:
+        def wrong(prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+            given = reward(prompts, responses, **columns)
+            judged = [judge(plain_text(x), y).flaw(flaw) for x, y in zip(prompts, responses, strict=True)]
+            return [score + strength * STRENGTHS[flaw] * count for score, count in zip(given, judged, strict=True)]
+
+        return wrong
+
+    return change
+
+
+def _constant(reward: Reward) -> Reward:
+    return lambda prompts, responses, **columns: [0.5] * len(responses)
+
+
+def _drifting(reward: Reward) -> Reward:
+    """The gain of a reward model grows by 2 % at each call."""
+    assert isinstance(reward, RewardModel), "only a reward model has a gain"
+    original, calls = reward.normalise, [0]
+
+    def wrong(raw: Tensor) -> list[float]:
+        calls[0] += 1
+        return [1.02 ** calls[0] * score for score in original(raw)]
+
+    reward.normalise = wrong  # type: ignore[method-assign]
+    return reward
+
+
+def _skewed(reward: Reward) -> Reward:
+    """A reward model reads the first third of each response on the path of the rollout."""
+    assert isinstance(reward, RewardModel), "only a reward model has a path of its own"
+
+    def wrong(rollout: Rollout) -> list[float]:
+        texts = [text[: len(text) // 3] for text in rollout.texts]
+        return list(reward(rollout.prompts.texts, texts))
+
+    reward.score_rollout = wrong  # type: ignore[method-assign]
+    return reward
+
+
+def _pays_entropy(per_nat: float) -> Plant:
+    """The mean entropy of a response is added to its score."""
+
+    def plant(stack: ExitStack) -> None:
+        def wrap(original: Callable[[Reward, Rollout], Scores]) -> Callable[[Reward, Rollout], Scores]:
+            def wrong(reward: Reward, rollout: Rollout) -> Scores:
+                given = original(reward, rollout)
+                mean = rollout.entropy.sum(dim=1) / rollout.response_mask.sum(dim=1)
+                return Scores(given.scores + per_nat * mean, given.metrics)
+
+            return wrong
+
+        _reward(lambda reward: lambda prompts, responses, **columns: reward(prompts, responses, **columns))(stack)
+        replace_attribute(stack, tether.trainer, "score", wrap)
+
+    return plant
+
+
+# ── the optimiser ───────────────────────────────────────────────────────────────────────────────────────────────────
+def _nan(stack: ExitStack) -> None:
+    """One entry of a gradient becomes NaN in every seventh step."""
+    calls = [0]
+
+    def wrap(original: Callable[[Optimiser], Tensor]) -> Callable[[Optimiser], Tensor]:
+        def wrong(self: Optimiser) -> Tensor:
+            calls[0] += 1
+            gradients = [p.grad for masters in self.masters.values() for p in masters if p.grad is not None]
+            if calls[0] % 7 == 0 and gradients:
+                gradients[0].view(-1)[0] = torch.nan
+            return original(self)
+
+        return wrong
+
+    replace_attribute(stack, Optimiser, "gradient_norm", wrap)
+
+
+def _value_dead(stack: ExitStack) -> None:
+    def wrap(original: Callable[[Optimiser], Tensor]) -> Callable[[Optimiser], Tensor]:
+        def wrong(self: Optimiser) -> Tensor:
+            for master in self.masters.get("value", []):
+                master.grad = None
+            return original(self)
+
+        return wrong
+
+    replace_attribute(stack, Optimiser, "gradient_norm", wrap)
+
+
+def _adam_spike(stack: ExitStack) -> None:
+    """The first five updates run at twenty times the learning rate."""
+
+    def wrap(original: Callable[[Optimiser, float], float]) -> Callable[[Optimiser, float], float]:
+        calls = [0]
+
+        def wrong(self: Optimiser, fraction_done: float) -> float:
+            rate = original(self, fraction_done)
+            calls[0] += 1
+            if calls[0] <= 5:
+                for group in self.adam.param_groups:
+                    group["lr"] *= 20.0
+            return rate
+
+        return wrong
+
+    replace_attribute(stack, Optimiser, "set_progress", wrap)
+
+
+def _resume_jump(stack: ExitStack) -> None:
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        def wrong(self: Run, *rest: object) -> None:
+            original(self, *rest)
+            models.perturb(parameter for group in self.policy.trainable().values() for parameter in group)
+
+        return wrong
+
+    replace_attribute(stack, Run, "restore", wrap)
+
+
+PLANTS: dict[str, Plant] = {
+    "kl_sign": _room_4(lambda scores, new, ref, mask, beta: tethered_rewards(scores, ref, new, mask, beta)),
+    "dense_reward": _room_4(_dense),
+    "both_signs": _room_4(lambda scores, new, ref, mask, beta: -tethered_rewards(scores, new, ref, mask, beta)),
+    "wrong_kl_form": _room_4(_by_k3),
+    "kl_averaged": _room_4(_averaged),
+    "score_misplaced": _room_4(_on_the_first),
+    "whiten_over_pads": _whiten_over_pads,
+    "wrong_advantages": _wrong_advantages,
+    "buzzwords": _reward(_flawed("buzzwords")),
+    "sycophancy": _reward(_flawed("sycophancy")),
+    "hedging": _reward(_flawed("hedging")),
+    "exploit_token": _reward(_flawed("exploit_token")),
+    "length": _reward(_flawed("length", 3.0)),
+    "over_optimised": _reward(_flawed("buzzwords", 0.5)),
+    "zero_variance_scores": _reward(_constant),
+    "reward_drift": _reward(_drifting),
+    "reward_skew": _reward(_skewed),
+    "entropy_collapse": _pays_entropy(-10.0),
+    "entropy_explosion": _pays_entropy(10.0),
+    "nan": _nan,
+    "value_dead": _value_dead,
+    "adam_spike": _adam_spike,
+    "resume_jump": _resume_jump,
+} | models.PLANTS

@@ -1,0 +1,116 @@
+"""Whole runs of a tiny model: right ones are silent, and each planted fault is seen by its name at update 0 or 1."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from resumable import left_behind, settings_of, task_of
+from tether.alarms import FAILURES
+from tether.config import RunSettings
+from tether.errors import ConfigError
+from tether.faults import FAULTS, faulty_settings, planted
+from tether.records import Event
+from tether.session import train_run
+from tether.store import RunStore
+from tether.verdict import judge
+from tether.watch import Watch
+
+NAMED_AT_ONCE = (
+    "wrong_reference", "kl_sign", "dense_reward", "both_signs", "wrong_kl_form", "kl_averaged", "score_misplaced",
+    "reference_moves", "whiten_over_pads", "wrong_advantages", "zero_variance_scores", "no_eos_credit",
+    "prompt_in_mask", "stale_sampler", "off_by_one", "dropout_on", "padding_leak", "nan",
+)  # fmt: skip
+
+
+def trained(folder: Path, settings: RunSettings, fault: str | None = None) -> Path:
+    task = task_of(folder / "sft")
+    with planted(fault):
+        return train_run(task, faulty_settings(settings, fault), folder, "run", Console(file=io.StringIO()))
+
+
+def shaken(mode: str) -> RunSettings:
+    """A short run whose policy moves from the first update on, with no checkpoint."""
+    values = settings_of(mode, steps=3, checkpoint={"every": 100}).dump()
+    values["ppo"]["update"]["value_warmup"] = 0
+    values["ppo"] |= {"batch_size": 16, "sampling": {"max_new_tokens": 20}}  # long enough for some to end by EOS
+    return RunSettings.model_validate(values)
+
+
+def complaints(run: Path) -> list[Event]:
+    with RunStore.open(run) as store:
+        return [event for event in store.events() if event.severity != "info"]
+
+
+CLEAN = {
+    "top": settings_of("top"),
+    "full": settings_of("full"),
+    "lora": settings_of("lora"),
+    "bfloat16": settings_of("top", "bfloat16"),
+    "fixed": settings_of(controller="fixed"),
+    "budget": settings_of(controller="budget"),
+}
+
+
+@pytest.mark.parametrize("kind", CLEAN)
+def test_a_right_run_is_never_alarmed(kind: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, CLEAN[kind])
+    assert complaints(run) == []
+    with RunStore.open(run) as store:
+        verdict = judge(store)
+    assert (verdict.word, verdict.is_quiet, verdict.alarms) == ("HOLDING", True, ())
+
+
+def test_a_temperature_inside_the_policy_is_never_alarmed(tmp_path: Path) -> None:
+    values = settings_of("full").dump()
+    values["ppo"]["sampling"] |= {"temperature": 0.7, "max_new_tokens": 12}
+    assert complaints(trained(tmp_path, RunSettings.model_validate(values))) == []
+
+
+@pytest.mark.parametrize("fault", NAMED_AT_ONCE)
+def test_a_planted_fault_is_named_by_update_one(fault: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, shaken("full"), fault)
+    first = complaints(run)[0]
+    assert first.kind == fault
+    assert first.severity == "alarm"
+    assert first.step is not None
+    assert first.step <= 1
+    with RunStore.open(run) as store:
+        verdict = judge(store)
+    assert verdict.word == (FAILURES[fault].verdict or "HOLDING")
+    assert not verdict.is_quiet
+
+
+@pytest.mark.parametrize("mode", ["top", "lora"])
+@pytest.mark.parametrize("fault", ["wrong_reference", "reference_moves"])
+def test_the_anchor_is_watched_in_every_mode(fault: str, mode: str, tmp_path: Path) -> None:
+    assert complaints(trained(tmp_path, shaken(mode), fault))[0].kind == fault
+
+
+def test_to_be_watched_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = left_behind(trained(tmp_path / "watched", settings_of("full")))
+    monkeypatch.setattr(Watch, "before", lambda *_: None)
+    alone = left_behind(trained(tmp_path / "alone", settings_of("full")))
+    assert watched["bits"] == alone["bits"]
+    assert watched["curves"] == alone["curves"]
+
+
+def test_a_fault_is_gone_when_its_block_ends(tmp_path: Path) -> None:
+    for fault in FAULTS:
+        with planted(fault):
+            pass
+    assert complaints(trained(tmp_path, settings_of("full", steps=2))) == []
+
+
+def test_a_fault_that_there_is_not_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'kl_sign'"), planted("kl_sgn"):
+        pass
+
+
+def test_every_failure_says_what_to_do() -> None:
+    for failure in FAILURES.values():
+        assert failure.remedy, failure.name
+        assert failure.kind in ("invariant", "statistic", "guard", "world")
