@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test check mutants demo clean bench
+.PHONY: setup test check mutants kill demo clean bench
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tether wants Python 3.11 or newer; got " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 setup")'
@@ -23,6 +23,9 @@ test: check  ## everything that CI runs
 
 mutants: setup  ## plant every error of tests/mutation anew and rewrite docs/mutations.md
 	$(BIN)/python tests/mutation/run.py
+
+kill: setup  ## kill -9 a training run at fifty random moments and compare it with one that nobody killed
+	$(BIN)/python -m pytest -m slow -s tests/test_kill.py
 
 demo: setup  ## PPO against the exact optimum, then the lesson's exercise on the nano world
 	$(BIN)/tether ladder exact --sweep --out demo

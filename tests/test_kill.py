@@ -116,14 +116,14 @@ def test_a_tiny_run_killed_again_and_again_is_the_run_that_nobody_killed(tmp_pat
 def test_a_nano_run_killed_fifty_times_is_the_run_that_nobody_killed(tmp_path: Path) -> None:
     """Half of the kills fall anywhere in the process's life, half after it has begun to write.
 
-    A run that ends before its fifty kills is compared, and another one of another seed is begun.
+    A run that ends before the fiftieth kill is compared, and another one on another string is begun.
     """
-    draw, kills, seed = random.Random(1), 0, 0
+    draw, kills, number = random.Random(1), 0, 0
     while kills < KILLS:
-        seed += 1
-        settings = recipe(tmp_path, seed)
-        finish([*TETHER, "train", str(settings), "--name", f"whole-{seed}"], tmp_path)
-        run = tmp_path / "runs" / f"killed-{seed}"
+        number += 1
+        settings = recipe(tmp_path, number)
+        finish([*TETHER, "train", str(settings), "--name", f"whole-{number}"], tmp_path)
+        run = tmp_path / "runs" / f"killed-{number}"
         while True:
             known = run.is_dir()
             command = ["resume", str(run)] if known else ["train", str(settings), "--name", run.name]
@@ -140,17 +140,17 @@ def test_a_nano_run_killed_fifty_times_is_the_run_that_nobody_killed(tmp_path: P
             if kills >= KILLS:
                 finish([*TETHER, *(["resume", str(run)] if run.is_dir() else command)], tmp_path)
                 break
-        assert left_behind(run) == left_behind(tmp_path / "runs" / f"whole-{seed}"), f"seed {seed}, {kills} kills"
-    print(f"{kills} kills over {seed} runs: all equal")
+        assert left_behind(run) == left_behind(tmp_path / "runs" / f"whole-{number}"), f"run {number}, {kills} kills"
+    print(f"{kills} kills over {number} runs: all equal")
 
 
-def recipe(folder: Path, seed: int) -> Path:
-    """The nano exercise, shorter, with a checkpoint every second update."""
-    path = folder / f"nano-{seed}.yaml"
+def recipe(folder: Path, number: int) -> Path:
+    """The nano exercise, shorter, with a checkpoint every second update, on a string of 0.1 times this number."""
+    path = folder / f"nano-{number}.yaml"
     path.write_text(
         "world: nano\nmodel: {mode: full}\n"
         "preferences: {pairs: 4096, noise: 0.25, learning_rate: 1.0e-3, batch_pairs: 32, top_layers: null}\n"
-        f"ppo: {{batch_size: 32, steps: 60, seed: {seed}, sampling: {{max_new_tokens: 24}}, reward: {{beta: 0.2, "
+        f"ppo: {{batch_size: 32, steps: 60, sampling: {{max_new_tokens: 24}}, reward: {{beta: {number / 10}, "
         "controller: adaptive}, update: {learning_rate: 2.0e-4, early_stop_kl: null, max_padding: 1.0}}\n"
         "evaluation: {every: 20, prompts: 64}\ncheckpoint: {every: 2}\n",
         "utf-8",
