@@ -38,6 +38,7 @@ def test_every_path_leads_to_itself(path: str) -> None:
 
 def test_a_short_name_leads_to_the_algorithm_first() -> None:
     assert find_knob("learning_rate") == Named("ppo.update.learning_rate")
+    assert find_knob("top_layers") == Named("model.top_layers")
     assert find_knob("preferences.learning_rate") == Named("preferences.learning_rate")
 
 
@@ -45,6 +46,7 @@ def test_a_name_that_two_knobs_bear_is_refused_with_both() -> None:
     found = find_knob("whiten")
     assert isinstance(found, Fault)
     assert "ppo.reward.whiten or ppo.advantage.whiten" in str(found)
+    assert isinstance(find_knob("source"), Fault)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def knobs_help() -> str:
         own = [path for path in knobs() if path.rpartition(".")[0] == section]
         if own:
             about = (sections()[section] if section else RunSettings).__doc__ or ""
-            lines += ["", f"{section or 'the run'}: {about.splitlines()[0]}"]
+            lines += ["", *wrap(f"{section or 'the run'}: {about.splitlines()[0]}", WIDTH)]
         for path in own:
             lines += _knob_lines(path)
     return "\n".join(lines)

@@ -28,6 +28,8 @@ from tether.reward_spec import RewardPart
 
 PREFERRED = ("ppo.", "data.")
 """Where a short name leads if several knobs bear it."""
+ASIDE = "preferences."
+"""Where one leads only if no other knob bears it."""
 SHORT = {
     "policy": "model.source", "model": "model.source", "reward": "reward.source", "holdout": "holdout.source",
     "judge": "judge.source", "data": "data.prompts",
@@ -140,6 +142,7 @@ def find_knob(name: str) -> Named | Fault:
     if name in knobs() or name in SHORT:
         return Named(SHORT.get(name, name))
     found = [path for path in knobs() if _abbreviates(name, path)]
+    found = [path for path in found if not path.startswith(ASIDE)] or found
     found = [path for path in found if path.startswith(PREFERRED)] or found
     if len(found) == 1:
         return Named(found[0])

@@ -10,6 +10,7 @@ Read next: `session.py`, which trains a task.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tether.batch import Prompt, Reward
 from tether.config import DataSettings, JudgeSettings, RunSettings
 from tether.data import read_prompts
-from tether.errors import ConfigError
+from tether.errors import ConfigError, InputError
 from tether.loading import require_there
 from tether.open_reward import as_reward, open_reward
 from tether.prompts import PromptSet
@@ -167,8 +168,12 @@ def _text(prompt: Prompt) -> str:
 
 
 def _read(source: object, data: DataSettings) -> PromptSet:
-    given = list(source) if isinstance(source, tuple) else source
-    return read_prompts(given, split=data.split, subset=data.subset, prompt_column=data.prompt_column, limit=data.limit)  # type: ignore[arg-type]  # what it is, is found out there
+    if not isinstance(source, str | Path | Iterable):
+        raise InputError(f"got {source!r:.80} as prompts; wanted a list of texts, rows, a data set or a file")
+    return read_prompts(
+        list(source) if isinstance(source, tuple) else source,
+        split=data.split, subset=data.subset, prompt_column=data.prompt_column, limit=data.limit,
+    )  # fmt: skip
 
 
 def _judge(settings: JudgeSettings, given: object | None) -> Reward | None:
