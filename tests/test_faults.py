@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from resumable import left_behind, settings_of, task_of
-from tether.alarms import FAILURES
+from tether.alarms import FAILURES, FAULTS
 from tether.config import RunSettings
 from tether.errors import ConfigError
-from tether.faults import FAULTS, faulty_settings, planted
+from tether.faults import faulty_settings, planted
 from tether.records import Event
 from tether.session import train_run
 from tether.store import RunStore

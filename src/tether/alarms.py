@@ -9,9 +9,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 
+from tether.errors import ConfigError
 from tether.records import Severity
 
 
@@ -45,6 +47,17 @@ def _load(path: Path) -> Mapping[str, Failure]:
 
 FAILURES: Mapping[str, Failure] = _load(Path(__file__).with_name("failures.toml"))
 """Every failure by its name."""
+FAULTS: tuple[str, ...] = tuple(name for name, failure in FAILURES.items() if failure.planted)
+"""Those that can be planted on purpose."""
+
+
+def check_fault(name: str | None) -> str | None:
+    """The name, if there is such a fault, or None for none. Raises ConfigError with the nearest."""
+    if name is None or name in FAULTS:
+        return name
+    near = get_close_matches(name, FAULTS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"there is no fault {name!r}{hint}; faults: {', '.join(FAULTS)}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -22,10 +21,9 @@ import tether.fault_models as models
 import tether.rewards
 import tether.session
 import tether.trainer
-from tether.alarms import FAILURES
+from tether.alarms import check_fault
 from tether.batch import Prompt, Reward, Rollout, Scores, plain_text
 from tether.config import RunSettings
-from tether.errors import ConfigError
 from tether.fault_models import Plant, replace_attribute
 from tether.numerics import gae, kl_k3, tethered_rewards
 from tether.optimiser import Optimiser
@@ -33,16 +31,13 @@ from tether.reward_model import RewardModel
 from tether.trainer import Run
 from tether.worlds.nano_gold import STRENGTHS, Flaw, judge
 
-FAULTS: tuple[str, ...] = tuple(name for name, failure in FAILURES.items() if failure.planted)
-"""Every fault that can be planted."""
-
 
 @contextmanager
 def planted(name: str | None) -> Iterator[None]:
     """Plant a fault for the duration; None plants nothing. Raises ConfigError for a name that is no fault."""
     with ExitStack() as stack:
-        if name is not None:
-            PLANTS.get(check_fault(name), _nothing)(stack)
+        if check_fault(name) is not None:
+            PLANTS.get(str(name), _nothing)(stack)
         yield
 
 
@@ -58,15 +53,6 @@ def faulty_settings(settings: RunSettings, name: str | None) -> RunSettings:
             room = room[parent]  # type: ignore[assignment]
         room[knob] = value
     return RunSettings.model_validate(values)
-
-
-def check_fault(name: str) -> str:
-    """The name, if there is such a fault. Raises ConfigError with the nearest."""
-    if name in FAULTS:
-        return name
-    near = get_close_matches(name, FAULTS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"there is no fault {name!r}{hint}; faults: {', '.join(FAULTS)}")
 
 
 def _nothing(stack: ExitStack) -> None:

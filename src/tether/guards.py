@@ -26,6 +26,8 @@ START = 5
 SETTLED = 50
 """Updates after which a string may be called slack or taut."""
 WINDOW = 20
+SPIKE_KNOWN = 30
+"""Updates after which the first five are judged."""
 TRACKED = (
     "score/mean", "kl/mean", "beta", "entropy/per_token", "length/mean", "ppo/approx_kl", "learning_rate",
 )  # fmt: skip
@@ -66,12 +68,17 @@ class Trends:
         if self._trips("too_many_epochs", drift > 0.1 or clipped > 0.4):
             seen = f"an update ends {drift:.3g} nats a token from where it began, with {clipped:.0%} of tokens clipped"
             yield Alarm("too_many_epochs", seen, {"approx_kl": drift, "clip_fraction": clipped})
-        drifts = self.history["ppo/approx_kl"]
-        if len(drifts) == 30:
-            first, later = max(drifts[:5]), median(drifts[10:])
-            if first > 5.0 * later and first > 0.05:
-                seen = f"approx-KL was {first:.3g} in the first five updates and {later:.3g} later"
-                yield Alarm("adam_spike", seen, {"first": first, "later": later})
+        if self._updates() == SPIKE_KNOWN:
+            yield from self._spike()
+
+    def _spike(self) -> Iterator[Alarm]:
+        """Approx-KL goes with the square of the learning rate, so it is compared at one rate."""
+        rates, drifts = self.history["learning_rate"], self.history["ppo/approx_kl"]
+        scaled = [drift * (rates[0] / rate) ** 2 for drift, rate in zip(drifts, rates, strict=True) if rate > 0]
+        first, later = max(scaled[:5]), median(scaled[10:] or scaled)
+        if first > 5.0 * later and first > 0.05:
+            seen = f"approx-KL was {first:.3g} in the first five updates and {later:.3g} later, at one learning rate"
+            yield Alarm("adam_spike", seen, {"first": first, "later": later})
 
     def _entropy(self, now: Mapping[str, float]) -> Iterator[Alarm]:
         start = self._start("entropy/per_token")

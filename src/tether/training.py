@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from tether.alarms import check_fault
 from tether.config import RunSettings
 from tether.knobs import Named, Words, find_knob, read_settings
 from tether.recipe_files import read_recipe
@@ -32,20 +33,25 @@ class Flags:
     """Of the run's folder; by default recipe, β and time."""
     root: Path = Path("runs")
     """The folder that holds the run folders."""
+    fault: str | None = None
+    """Plant this failure on purpose, to see what the checks say of it: docs/checks.md lists them."""
 
 
 def main(flags: Flags, overrides: Sequence[tuple[str, Words]]) -> None:
     """Train one policy by PPO; everything lands in ROOT/NAME."""
     settings, notes, recipe = choose(flags.recipe, overrides)
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
+    fault = check_fault(flags.fault)
     name = free_name(flags.root, flags.name or generic_name(recipe, settings))
     from tether.api import carry_out
+    from tether.faults import faulty_settings, planted
     from tether.tasks import require_complete
     from tether.terminal import console_for_output
 
     require_complete(settings)
     console = console_for_output()
-    run = carry_out(settings, flags.root, name, console)
+    with planted(fault):
+        run = carry_out(faulty_settings(settings, fault), flags.root, name, console)
     console.print(f"done: {run.folder}\nlook at it: tether show {run.folder}", soft_wrap=True)
 
 
