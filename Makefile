@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test check mutants kill demo clean bench
+.PHONY: setup test check mutants kill demo demo-nano clean bench
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tether wants Python 3.11 or newer; got " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 setup")'
@@ -27,12 +27,12 @@ mutants: setup  ## plant every error of tests/mutation anew and rewrite docs/mut
 kill: setup  ## kill -9 a training run at fifty random moments and compare it with one that nobody killed
 	$(BIN)/python -m pytest -m slow -s tests/test_kill.py
 
-demo: setup  ## PPO against the exact optimum, then the lesson's exercise on the nano world
-	$(BIN)/tether ladder exact --sweep --out demo
-	$(BIN)/tether demo --world nano --out demo/nano
+demo: setup  ## PPO against the exact optimum, then the lesson's exercise on SmolLM2-135M-Instruct
+	$(BIN)/tether ladder exact --sweep --out demo/exact
+	$(BIN)/tether demo --out demo
 
-demo-smollm2: setup  ## the same exercise on SmolLM2-135M-Instruct
-	$(BIN)/tether demo --out demo/smollm2
+demo-nano: setup  ## the same exercise on the nano world, without any download
+	$(BIN)/tether demo --world nano --out demo-nano
 
 bench: setup .venv-trl/.ready  ## one update against TRL's PPO; options as BENCH="--quick"
 	$(BIN)/python bench/ppo_speed.py $(BENCH)
