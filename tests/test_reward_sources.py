@@ -378,6 +378,9 @@ def test_step_rewards_stand_at_the_token_that_completes_the_step() -> None:
     by_texts = StepRewards(function, word_tokenizer(), "//")
     assert by_texts(["p"] * 4, batch.texts) == [21.0, 63.0, 30.0, 123.0]
     assert by_texts.score_rollout(batch) == [21.0, 63.0, 30.0, 123.0]
+    both = WeightedSum({"steps": (by_texts, 2.0), "length": length})
+    assert both.score_rollout(batch) == [42.0 + 5, 126.0 + 8, 60.0 + 1, 246.0 + 5]
+    assert score(both, batch).metrics["score/part/steps"] == (21 + 63 + 30 + 123) / 4
 
 
 def test_two_steps_that_end_in_one_token_both_count() -> None:

@@ -114,7 +114,16 @@ def test_what_is_no_number_a_response_is_one_complaint_that_names_function_and_r
 
 
 @pytest.mark.parametrize(
-    "given", [[[0.1, 0.2, 0.3], [0.1], [0.1, 0.2]], torch.zeros(3, 4), np.zeros((3, 4)), [1.0, [0.1, 0.2], 1.0]]
+    "given",
+    [
+        [[0.1, 0.2, 0.3], [0.1], [0.1, 0.2]],
+        [1.0, [0.1, 0.2], 1.0],
+        [1.0, [], 1.0],
+        torch.zeros(3, 4),
+        np.zeros((3, 4)),
+        [torch.zeros(2), torch.zeros(1), torch.zeros(3)],
+        [np.zeros(2)] * 3,
+    ],
 )
 def test_a_list_a_response_is_refused_and_told_how_to_be_asked_for(given: object) -> None:
     with pytest.raises(InputError, match=r"wanted one score a response.*TokenRewards\(function\)"):
