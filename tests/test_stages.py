@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from tether import cli, stages
 from tether.data import read_preferences
 from tether.errors import InputError
 from tether.preferences import Pairs
+from tether.recipe_files import load_recipe
 from tether.reward_model import RewardManifest, RewardModel
 from tether.reward_stage import fit_pairs, learn_preferences, own_replies, report_on_pairs, split_off
 from tether.reward_training import RewardTraining
 from tether.sft_checkpoint import SFTManifest, require_sft
+from tether.worlds.world import World
 from tiny_models import build, build_tokenizer
 from tolerances import ROUND_OFF, assert_close
 
@@ -215,8 +218,42 @@ def test_what_is_measured_was_not_learned() -> None:
     assert not keys[0] & keys[1]
     assert keys[0] | keys[1] == set(zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True))
     assert [len(half) for half in split_off(pairs.take([0, 1]), 0.01, seed=0)] == [1, 1]
-    with pytest.raises(InputError, match="wanted at least 2 pairs and 0 < heldout < 1"):
+    with pytest.raises(InputError, match="wanted at least 2 groups and 0 < heldout < 1"):
         split_off(pairs, 1.0, seed=0)
+
+
+def test_comparisons_of_the_same_replies_are_learned_or_measured_together() -> None:
+    pairs = replace(read_preferences(comparisons(30)), groups=tuple(number // 3 for number in range(30)))
+    learned, measured = split_off(pairs, 0.2, seed=0)
+    assert learned.groups is not None
+    assert measured.groups is not None
+    assert (len(learned), len(measured)) == (24, 6)
+    assert not set(learned.groups) & set(measured.groups)
+
+
+def test_knobs_that_are_not_said_are_the_usual_ones_of_the_world_or_of_own_data(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[RewardTraining] = []
+
+    def learn(pairs: Pairs, base: str, knobs: RewardTraining, **_: object) -> None:
+        seen.append(knobs)
+        raise KeyboardInterrupt
+
+    recipe = load_recipe("nano")
+    monkeypatch.setattr(stages, "learn_preferences", learn)
+    monkeypatch.setattr(stages, "own_replies", lambda *_, **__: None)
+    monkeypatch.setattr(stages, "world_pairs", lambda *_: read_preferences(comparisons(4)))
+    monkeypatch.setattr(stages, "open_world", lambda _: World("nano", model, ("w5",), ("w6",), lambda *_, **__: []))
+    data, out = written(tmp_path / "p.jsonl", comparisons(4)), str(tmp_path / "rm")
+    cli.run(["reward", "--model", str(model), "--data", data, "--out", out])
+    cli.run(["reward", "--model", str(model), "--data", data, "--out", out, "--epochs", "5", "--all-weights"])
+    cli.run(["reward", "--world", "nano", "--out", out, "--batch-pairs", "3", "--seed", "7"])
+    assert seen[0] == RewardTraining(top_layers=3, epochs=2, learning_rate=3e-4, batch_pairs=8, seed=0)
+    assert seen[1] == RewardTraining(top_layers=None, epochs=5, learning_rate=3e-4, batch_pairs=8, seed=0)
+    usual = recipe.preferences
+    assert (seen[2].epochs, seen[2].learning_rate) == (usual.epochs, usual.learning_rate)
+    assert (seen[2].batch_pairs, seen[2].seed) == (3, 7)
 
 
 def test_pairs_that_are_too_long_go_by_the_rule() -> None:

@@ -136,15 +136,21 @@ def learn_preferences(
 
 
 def split_off(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
-    """The pairs that are learned and those that are measured, at least one of each.
+    """The pairs that are learned and those that are measured, at least one of each; a group is never torn.
 
-    Raises InputError where there are fewer than two pairs or the share is not between 0 and 1.
+    Raises InputError where there are fewer than two pairs, or one group, or the share is not between 0 and 1.
     """
-    if len(pairs) < 2 or not 0.0 < share < 1.0:
-        raise InputError(f"got {len(pairs)} pairs and heldout={share}; wanted at least 2 pairs and 0 < heldout < 1")
-    aside = min(max(round(share * len(pairs)), 1), len(pairs) - 1)
-    order: list[int] = permutation(seed, "pairs held out", len(pairs)).tolist()
-    return pairs.take(sorted(order[aside:])), pairs.take(sorted(order[:aside]))
+    if len(pairs.units) < 2 or not 0.0 < share < 1.0:
+        raise InputError(
+            f"got {len(pairs)} pairs in {len(pairs.units)} groups and heldout={share}; wanted at least 2 groups and "
+            "0 < heldout < 1"
+        )
+    units = pairs.units
+    order: list[int] = permutation(seed, "pairs held out", len(units)).tolist()
+    aside = min(max(round(share * len(units)), 1), len(units) - 1)
+    parts = (order[aside:], order[:aside])
+    learned, measured = (sorted(place for unit in part for place in units[unit]) for part in parts)
+    return pairs.take(learned), pairs.take(measured)
 
 
 def report_on_pairs(pairs: Pairs) -> PairsReport:

@@ -7,11 +7,14 @@ all, and says what came of it, with `--json` for programs. Read next: `finetune.
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
+from tether.config import PreferenceSettings
 from tether.data import read_demonstrations, read_preferences
 from tether.errors import ConfigError, InputError
 from tether.finetune import Finetuned, Finetuning, finetune
@@ -32,7 +35,8 @@ from tether.worlds.world import WorldName, open_world
 REPORT_FILE = "report.json"
 HOLDOUT_FOLDER = "holdout"
 """Where the twin stands, within the reward model's folder."""
-TOP_LAYERS = 6
+OWN_PREFERENCES = PreferenceSettings(epochs=2, learning_rate=3e-4, batch_pairs=8)
+"""How preferences of one's own are learned where nothing is said; only what concerns learning is read."""
 
 
 # ── tether sft ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,9 +144,9 @@ def main_reward(
     heldout: float = 0.2,
     top_layers: int | None = None,
     all_weights: bool = False,
-    epochs: int = 1,
-    learning_rate: float = 1e-4,
-    batch_pairs: int = 8,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    batch_pairs: int | None = None,
     reference: str | None = None,
     reference_samples: int = 128,
     max_new_tokens: int = 64,
@@ -156,7 +160,8 @@ def main_reward(
     checkpoint. data: prompt, chosen and rejected, or chosen and rejected that begin with the prompt, with split,
     subset, limit and the columns' names. world: in place of data, pairs sampled there and labelled by its gold scorer.
     holdout: train the twin too, which is never optimised; each learns one half. heldout: without it, the share that is
-    measured. top_layers: trained above a frozen trunk (6, or all of a smaller model); all_weights: everything.
+    measured. top_layers: trained above a frozen trunk (6, or all of a smaller model); all_weights: everything. epochs
+    (2), learning_rate at the start (3e-4) and batch_pairs (8): of a world, by default its recipe's.
     reference: the checkpoint on whose replies the score gets mean 0 and standard deviation 1; by default the model.
     reference_samples: how many, of max_new_tokens; 0 takes the responses of the pairs. json: print one JSON object.
     """
@@ -165,10 +170,10 @@ def main_reward(
     if (data is None) == (world is None) or (data is not None and model is None):
         raise ConfigError("wanted --model M --data FILE, or --world nano or smollm2, and not both")
     require_free(out, REWARD_MANIFEST, "reward model of tether")
-    base = model or ""
+    base, usual = model or "", OWN_PREFERENCES
     if world is not None:
         place, settings = open_world(world), load_recipe(world).with_seed(seed)
-        base = model or str(place.model)
+        base, usual = model or str(place.model), settings.preferences
         pairs, samples = world_pairs(place, settings, console), 0
     else:
         pairs = read_preferences(
@@ -177,8 +182,8 @@ def main_reward(
         )  # fmt: skip
         pairs, samples = fit_pairs(pairs, base, too_long), reference_samples
         console.print(f"{len(pairs)} comparisons from {data}", soft_wrap=True)
-    layers = None if all_weights else top_layers or min(TOP_LAYERS, layer_count(base))
-    knobs = RewardTraining(layers, epochs, learning_rate, batch_pairs, seed)
+    said = {"epochs": epochs, "learning_rate": learning_rate, "batch_pairs": batch_pairs, "seed": seed}
+    knobs = _training(said, usual, None if all_weights else top_layers or _layers(base, usual))
     with phases(console) as tell:
         replies = None
         if samples:
@@ -194,6 +199,17 @@ def main_reward(
     if json:
         print(jsonlib.dumps({"out": str(out), **learned.as_dict()}))
     _tell_reward(learned, out, console)
+
+
+def _layers(base: str, usual: PreferenceSettings) -> int | None:
+    """As many as are usual, or all above the trunk that the model has; None where all weights are usual."""
+    return None if usual.top_layers is None else min(usual.top_layers, layer_count(base))
+
+
+def _training(said: Mapping[str, int | float | None], usual: PreferenceSettings, layers: int | None) -> RewardTraining:
+    """The knobs that were said, and the usual ones for the rest."""
+    base = RewardTraining(layers, usual.epochs, usual.learning_rate, usual.batch_pairs)
+    return replace(base, **{name: value for name, value in said.items() if value is not None})  # type: ignore[arg-type]
 
 
 def _save_reward(learned: LearnedReward, out: Path) -> None:
