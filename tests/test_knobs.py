@@ -39,6 +39,7 @@ def test_every_path_leads_to_itself(path: str) -> None:
 def test_a_short_name_leads_to_the_algorithm_first() -> None:
     assert find_knob("learning_rate") == Named("ppo.update.learning_rate")
     assert find_knob("top_layers") == Named("model.top_layers")
+    assert find_knob("timeout_seconds") == Named("reward.timeout_seconds")
     assert find_knob("preferences.learning_rate") == Named("preferences.learning_rate")
 
 

@@ -217,11 +217,10 @@ def test_a_reward_that_hangs_ends_by_its_limit(here: Path, checkpoint: Path) -> 
     import threading
 
     release = threading.Event()
-    knobs = {"reward.timeout_seconds": 0.2} | SMALL
     with pytest.raises(RewardError, match=r"in 0\.2 s"):
         tether.train(
             policy=checkpoint, prompts=PROMPTS, steps=1,
-            reward=lambda prompts, responses: release.wait(60) and [], **knobs,
+            reward=lambda prompts, responses: release.wait(60) and [], timeout_seconds=0.2, **SMALL,
         )  # fmt: skip
     release.set()
 

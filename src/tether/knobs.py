@@ -28,7 +28,7 @@ from tether.reward_spec import RewardPart
 
 PREFERRED = ("ppo.", "data.")
 """Where a short name leads if several knobs bear it."""
-ASIDE = "preferences."
+ASIDE = ("preferences.", "holdout.", "judge.")
 """Where one leads only if no other knob bears it."""
 SHORT = {
     "policy": "model.source", "model": "model.source", "reward": "reward.source", "holdout": "holdout.source",

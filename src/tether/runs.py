@@ -154,7 +154,7 @@ def summarise_run(store: RunStore, name: str) -> RunSummary:
         name=name,
         path=str(store.path),
         status=status(store.last_heartbeat(), time.time()),
-        model=str(knob(config, "world", "policy", "model") or ""),
+        model=_model_of(config),
         beta=_number(knob(config, "beta")) if beta is None else beta,
         updates=len(store.curve("score/mean").steps),
         steps=_whole(knob(config, "steps")),
@@ -215,6 +215,12 @@ def knob(config: object, *names: str) -> object:
                     return level[name]
                 queue.extend(level.values())
     return None
+
+
+def _model_of(config: object) -> str:
+    """What the run is about in a word: its world, or the checkpoint that it starts from."""
+    named = knob(config, "world", "policy", "model")
+    return str((named.get("source") or "") if isinstance(named, Mapping) else named or "")
 
 
 # ── printing ────────────────────────────────────────────────────────────────────────────────────────────────────────
