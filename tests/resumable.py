@@ -1,7 +1,8 @@
 """A tiny run that a process of its own can train, be killed in, and go on with.
 
-    python resumable.py        reads folders, a line each; starts the run there, or goes on with it, each in a process
-                               of its own that is forked from this one, so that none imports the libraries anew
+    python resumable.py        reads commands, each a line of JSON and a process that is forked from this one, so that
+                               none imports the libraries anew: ["tiny", FOLDER] starts the run there, or goes on with
+                               it; ["tether", …] is the command line
 
 The policy is a small Llama of random weights that is read from FOLDER/../sft; the reward counts words. Every update is
 a checkpoint, every second one an evaluation.
@@ -9,6 +10,7 @@ a checkpoint, every second one an evaluation.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -19,10 +21,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from tether import cli
 from tether.batch import Prompt
 from tether.config import RunSettings
 from tether.prompts import PromptSet
-from tether.session import Judges, Task, resume_run, train_run
+from tether.resuming import resume_run
+from tether.session import Judges, Task, train_run
 from tether.store import RunStore
 from tiny_models import build, build_tokenizer
 
@@ -93,15 +97,22 @@ def train(run: Path) -> None:
         train_run(task, settings_of(), run.parent, run.name, console)
 
 
+def carry_out(program: str, *arguments: str) -> int:
+    if program == "tether":
+        return cli.run(list(arguments))
+    train(Path(*arguments))
+    return 0
+
+
 def main() -> None:
     """For each line: the process's id, then, when it is over, its wait status."""
     torch.set_num_threads(1)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            os.dup2(2, 1)  # what it prints is no answer of this program
             try:
-                train(Path(line.strip()))
-                os._exit(0)
+                os._exit(carry_out(*json.loads(line)))
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)

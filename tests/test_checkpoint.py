@@ -18,21 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tether import checkpoint
-from tether.checkpoint import (
-    Checkpoints,
-    Identity,
-    Snapshot,
-    Stateful,
-    load_weights,
-    plain,
-    restore_states,
-    states_of,
-    unplain,
-)
+from tether.checkpoint import Checkpoints, Identity
 from tether.config import CheckpointSettings, UpdateSettings
 from tether.errors import ModelError, RunError
 from tether.optimiser import Optimiser
 from tether.rewards import AdaptiveBeta, FixedBeta
+from tether.snapshot import Snapshot, Stateful, load_weights, plain, restore_states, states_of, unplain
 
 IDENTITY = Identity({"ppo": {"seed": 0}}, {"reference": "ab" * 32}, {"threads": 1})
 

@@ -1,21 +1,22 @@
 """kill -9 at any moment, resumed each time: equal to the run that nobody killed.
 
-`make kill` does it fifty times to `tether train --world nano`; the fast suite a few times to a tiny run.
+`make kill` does it fifty times to `tether train` in the nano world; the fast suite a few times to a tiny run.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import DEVNULL, PIPE
+from subprocess import PIPE
 
 import pytest
 
@@ -23,128 +24,114 @@ from resumable import left_behind
 from tether.store import RunStore
 
 KILLS = 50
+FEW_KILLS = 3
 TESTS = Path(__file__).parent
-TETHER = [sys.executable, "-m", "tether.cli"]
-
-
-def environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-
-
-def start(command: Sequence[str], cwd: Path) -> subprocess.Popen[bytes]:
-    with (cwd / "log").open("ab") as log:
-        return subprocess.Popen(command, env=environment(), cwd=cwd, stdout=log, stderr=log)
-
-
-def finish(command: Sequence[str], cwd: Path) -> None:
-    process = start(command, cwd)
-    assert process.wait(timeout=600) == 0, (cwd / "log").read_text("utf-8")[-3000:]
-
-
-def begun(run: Path, process: int, still_there: Callable[[], bool]) -> bool:
-    """Wait until the process writes its run; False where it ended before."""
-    while still_there():
-        beat = RunStore.open(run).last_heartbeat() if run.is_dir() else None
-        if beat is not None and beat.process == process:
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def kill_after(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """SIGKILL after so long; whether it was still there to be killed."""
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
-    return False
-
-
-@pytest.fixture
-def tiny() -> Iterator[Tiny]:
-    program = [sys.executable, str(TESTS / "resumable.py")]
-    with subprocess.Popen(program, env=environment(), stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True) as process:
-        yield Tiny(process)
 
 
 @dataclass
-class Tiny:
-    """The program `resumable.py`, which forks a process for each line."""
+class Nursery:
+    """The program `resumable.py`, which forks a process for each command."""
 
     program: subprocess.Popen[str]
+    log: Path
 
-    def start(self, run: Path) -> int:
+    def start(self, *command: str) -> int:
+        """Start a process; its id."""
         assert self.program.stdin is not None
-        self.program.stdin.write(f"{run}\n")
+        self.program.stdin.write(json.dumps(command) + "\n")
         self.program.stdin.flush()
         return self._number()
 
-    def status(self) -> int:
+    def ended(self) -> int:
         """How the last process ended: 0, or minus the signal that killed it."""
         return os.waitstatus_to_exitcode(self._number())
+
+    def finish(self, *command: str) -> None:
+        self.start(*command)
+        assert self.ended() == 0, self.log.read_text("utf-8")[-3000:]
 
     def _number(self) -> int:
         assert self.program.stdout is not None
         return int(self.program.stdout.readline())
 
 
-def test_a_tiny_run_killed_again_and_again_is_the_run_that_nobody_killed(tmp_path: Path, tiny: Tiny) -> None:
-    draw, kills = random.Random(0), 0
-    tiny.start(tmp_path / "whole")
-    assert tiny.status() == 0
+@pytest.fixture
+def nursery(tmp_path: Path) -> Iterator[Nursery]:
+    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    program = [sys.executable, str(TESTS / "resumable.py")]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as said,
+        subprocess.Popen(
+            program, env=environment, cwd=tmp_path, stdin=PIPE, stdout=PIPE, stderr=said, text=True
+        ) as process,
+    ):
+        yield Nursery(process, log)
+
+
+def kill_somewhere(process: int, run: Path, draw: random.Random, updates: int) -> None:
+    """SIGKILL within so many updates of the process, or while it starts, or in the fraction of a second after."""
+    wanted, deadline = draw.randint(-1, updates), time.monotonic() + 300.0
+    while wanted >= 0 and time.monotonic() < deadline and Path(f"/proc/{process}").exists():
+        if updates_done(process, run) >= wanted:
+            break
+        time.sleep(0.02)
+    time.sleep(draw.uniform(0.0, 0.5))
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+
+
+def updates_done(process: int, run: Path) -> int:
+    """Updates that this process has recorded; −1 before it writes the run."""
+    if not run.is_dir():
+        return -1
+    with RunStore.open(run) as store:
+        beat, resumed = store.last_heartbeat(), [event for event in store.events() if event.kind == "resumed"]
+        begun = int(str(resumed[-1].payload["step"])) if resumed else 0
+        if beat is None or beat.process != process:
+            return -1
+        return (store.last_step() or 0) - begun
+
+
+def test_a_tiny_run_killed_again_and_again_is_the_run_that_nobody_killed(tmp_path: Path, nursery: Nursery) -> None:
+    draw, kills, number = random.Random(0), 0, 0
+    nursery.finish("tiny", str(tmp_path / "whole"))
     wanted = left_behind(tmp_path / "whole")
-    for number in range(2):
-        run, status = tmp_path / f"killed-{number}", -signal.SIGKILL
-        while status:
-            process = tiny.start(run)
-            begun(run, process, lambda process=process: Path(f"/proc/{process}").exists())
-            time.sleep(draw.uniform(0.0, 0.5))
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-            status = tiny.status()
-            assert status in (0, -signal.SIGKILL)
-            kills += status != 0
-        assert left_behind(run) == wanted, f"{kills} kills"
-    assert kills >= 3
+    while kills < FEW_KILLS:
+        number += 1
+        run, ended = tmp_path / f"killed-{number}", -signal.SIGKILL
+        while ended:
+            kill_somewhere(nursery.start("tiny", str(run)), run, draw, updates=2)
+            ended = nursery.ended()
+            assert ended in (0, -signal.SIGKILL), nursery.log.read_text("utf-8")[-3000:]
+            kills += ended != 0
+        assert left_behind(run) == wanted, f"run {number}, {kills} kills"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_nano_run_killed_fifty_times_is_the_run_that_nobody_killed(tmp_path: Path) -> None:
-    """Half of the kills fall anywhere in the process's life, half after it has begun to write.
-
-    A run that ends before the fiftieth kill is compared, and another one on another string is begun.
-    """
+@pytest.mark.timeout(7200)
+def test_a_nano_run_killed_fifty_times_is_the_run_that_nobody_killed(tmp_path: Path, nursery: Nursery) -> None:
+    """A run that ends before the fiftieth kill is compared, and another one on another string is begun."""
     draw, kills, number = random.Random(1), 0, 0
     while kills < KILLS:
         number += 1
         settings = recipe(tmp_path, number)
-        finish([*TETHER, "train", str(settings), "--name", f"whole-{number}"], tmp_path)
-        run = tmp_path / "runs" / f"killed-{number}"
-        while True:
-            known = run.is_dir()
-            command = ["resume", str(run)] if known else ["train", str(settings), "--name", run.name]
-            process = start([*TETHER, *command], tmp_path)
-            if draw.random() < 0.5:
-                begun(run, process.pid, lambda process=process: process.poll() is None)
-                alive = kill_after(process, draw.uniform(0.0, 6.0))
-            else:
-                alive = kill_after(process, draw.uniform(0.0, 20.0))
-            if not alive:
-                assert process.returncode == 0, (tmp_path / "log").read_text("utf-8")[-3000:]
-                break
-            kills += 1
-            if kills >= KILLS:
-                finish([*TETHER, *(["resume", str(run)] if run.is_dir() else command)], tmp_path)
-                break
+        nursery.finish("tether", "train", settings, "--name", f"whole-{number}")
+        run, ended = tmp_path / "runs" / f"killed-{number}", -signal.SIGKILL
+        while ended:
+            command = ["resume", str(run)] if run.is_dir() else ["train", settings, "--name", run.name]
+            process = nursery.start("tether", *command)
+            if kills < KILLS:
+                kill_somewhere(process, run, draw, updates=6)
+            ended = nursery.ended()
+            assert ended in (0, -signal.SIGKILL), nursery.log.read_text("utf-8")[-3000:]
+            kills += ended != 0
         assert left_behind(run) == left_behind(tmp_path / "runs" / f"whole-{number}"), f"run {number}, {kills} kills"
     print(f"{kills} kills over {number} runs: all equal")
 
 
-def recipe(folder: Path, number: int) -> Path:
+def recipe(folder: Path, number: int) -> str:
     """The nano exercise, shorter, with a checkpoint every second update, on a string of 0.1 times this number."""
     path = folder / f"nano-{number}.yaml"
     path.write_text(
@@ -155,4 +142,4 @@ def recipe(folder: Path, number: int) -> Path:
         "evaluation: {every: 20, prompts: 64}\ncheckpoint: {every: 2}\n",
         "utf-8",
     )
-    return path
+    return str(path)

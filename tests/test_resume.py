@@ -21,9 +21,11 @@ from tether import checkpoint
 from tether.batch import Prompt
 from tether.checkpoint import Checkpoints
 from tether.config import RunSettings
+from tether.demo import finished_run
 from tether.errors import ConfigError, RunError
 from tether.prompts import PromptSet
-from tether.session import Judges, Task, fork_run, resume_run, train_run
+from tether.resuming import fork_run, resume_run
+from tether.session import Judges, Task, train_run
 from tether.store import RunStore
 from tiny_models import build, build_tokenizer
 
@@ -178,7 +180,7 @@ def test_a_reward_with_a_memory_keeps_it(sft: Path, tmp_path: Path) -> None:
 
 # ── Ctrl-C ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_saves_after_the_update_and_names_the_command(
+def test_a_signal_saves_after_the_update_and_names_the_way_on(
     number: signal.Signals, sft: Path, tmp_path: Path, whole: Whole
 ) -> None:
     settings, console = settings_of(checkpoint={"every": 100}), silent()
@@ -187,13 +189,21 @@ def test_a_signal_saves_after_the_update_and_names_the_command(
     with pytest.raises(KeyboardInterrupt):
         train_run(task, settings, tmp_path, "run", console)
     run = tmp_path / "run"
-    assert f"saved at update 3; go on with: tether resume {run}" in said(console)
+    assert f'saved at update 3; go on with: tether.resuming.resume_run(Path("{run}")' in said(console)
     assert Checkpoints(run / "checkpoints").latest() == 3, "update 2, in which the signal came, was finished"
     beat = RunStore.open(run).last_heartbeat()
     assert beat is not None
     assert beat.status == "stopped"
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert resumed(run, sft) == whole(settings)
+
+
+def test_a_run_whose_settings_say_all_goes_on_by_command(sft: Path, tmp_path: Path) -> None:
+    console = silent()
+    settings = settings_of(world="nano")
+    with pytest.raises(KeyboardInterrupt):
+        train_run(words(sft, 4, lambda: os.kill(os.getpid(), signal.SIGINT)), settings, tmp_path, "run", console)
+    assert f"saved at update 3; go on with: tether resume {tmp_path / 'run'}" in said(console)
 
 
 def test_a_second_ctrl_c_leaves_at_once(sft: Path, tmp_path: Path, whole: Whole) -> None:
@@ -252,6 +262,20 @@ def test_a_run_whose_rows_were_lost_goes_on_from_where_it_has_them(sft: Path, tm
     resume_run(run, lambda _: words(sft), console)
     assert "run.db holds 2 updates only" in said(console)
     assert left_behind(run) == whole(settings)
+
+
+def test_a_demo_goes_on_with_a_run_that_was_stopped_and_keeps_one_of_other_settings(
+    sft: Path, tmp_path: Path, whole: Whole
+) -> None:
+    settings = settings_of(checkpoint={"every": 2})
+    run = stopped(sft, tmp_path, settings, call=5)
+    made = RunStore.open(run).meta()["created"]
+    assert finished_run(words(sft), settings, tmp_path, "run", silent()) == run
+    assert left_behind(run) == whole(settings)
+    assert RunStore.open(run).meta()["created"] == made
+    finished_run(words(sft), settings.with_beta(0.7).with_steps(1), tmp_path, "run", silent())
+    assert RunStore.open(tmp_path / "run.kept-1").meta()["created"] == made
+    assert RunStore.open(run).curve("beta").values.tolist() == [0.7]
 
 
 # ── what is another run ─────────────────────────────────────────────────────────────────────────────────────────────

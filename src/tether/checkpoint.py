@@ -6,8 +6,7 @@
                 latest                              the name of the one to go on from
 
 Written aside → forced to the disk → renamed → `latest` → the older ones pruned, so that at every moment one whole
-checkpoint is there. Every random draw is a function of seed, purpose and step (`streams.py`), and so is the position
-in the data: neither needs to be saved. Knows no run and no room. Read next: `trainer.py`, `session.py`.
+checkpoint is there. Knows no run and no room. Read next: `snapshot.py`, `trainer.py`, `session.py`.
 """
 
 from __future__ import annotations
@@ -20,22 +19,17 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tether.batch import Policy
 from tether.config import CheckpointSettings
 from tether.database import to_json
-from tether.errors import ModelError, RunError
-from tether.optimiser import numbered
-
-Controller = TypeVar("Controller")
+from tether.errors import RunError
+from tether.snapshot import Snapshot
 
 FORMAT = 1
 """Goes up with every change of what a checkpoint holds."""
@@ -43,36 +37,9 @@ WEIGHTS, OPTIMISER, MANIFEST, LATEST = "weights.safetensors", "optimiser.safeten
 FOLDER = re.compile(r"step-(\d{6,})")
 ASIDE, OLD = ".part", ".old"
 FULL = {errno.ENOSPC, errno.EDQUOT}
-KIND = "controller"
 SYSTEM_ERROR = re.compile(r"os error (\d+)")
 """How safetensors names the system's error."""
 HASHED_AT_ONCE = 1 << 20  # bytes
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """What changes while a run goes on, as a reward with a running mean, and must go on from where it was."""
-
-    def checkpoint_state(self) -> Mapping[str, object]:
-        """What it needs to go on: plain values, as JSON has them."""
-
-    def restore_state(self, state: Mapping[str, object]) -> None:
-        """Go on from what `checkpoint_state` gave."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """The state that update `step` starts from. The tensors are the run's own, not copies."""
-
-    step: int
-    """Updates done; the rows of updates 0 … step − 1 are in `run.db`."""
-    weights: Mapping[str, Tensor]
-    """What trains, by name."""
-    optimiser: Mapping[str, Tensor]
-    beta: Mapping[str, object]
-    """β's controller: the name of its class, and its fields."""
-    states: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    """Of all that is `Stateful`: the reward, and what watches the run; plain values."""
 
 
 @dataclass(frozen=True)
@@ -228,54 +195,6 @@ class Checkpoints:
             except RunError as error:
                 say(f"passed over: {error}")
         return None
-
-
-@torch.no_grad()
-def load_weights(policy: Policy, weights: Mapping[str, Tensor]) -> None:
-    """Put the weights of a snapshot into a policy. Raises ModelError, and changes nothing, where they do not fit."""
-    own = numbered(policy.trainable())
-    strange = sorted(own.keys() ^ weights.keys())
-    strange += [name for name in own.keys() & weights.keys() if _kind(own[name]) != _kind(weights[name])]
-    if strange:
-        raise ModelError(
-            f"the checkpoint's weights do not fit this policy in {len(strange)} places, as {strange[0]}; wanted the "
-            "same model, mode, number of layers or rank, and precision"
-        )
-    for name, weight in own.items():
-        weight.copy_(weights[name])
-
-
-def plain(controller: Controller) -> dict[str, object]:
-    """A frozen dataclass (β's controller) as plain values: the name of its class, and its fields."""
-    names = [one.name for one in fields(controller)]  # type: ignore[arg-type]  # a protocol cannot say «dataclass»
-    return {KIND: type(controller).__name__} | {name: getattr(controller, name) for name in names}
-
-
-def unplain(values: Mapping[str, object], like: Controller) -> Controller:
-    """The inverse of `plain`. Raises RunError where the values are of another class than `like`."""
-    if values.keys() != plain(like).keys() or values[KIND] != type(like).__name__:
-        raise RunError(
-            f"the checkpoint's β is held by {values.get(KIND)} and the settings ask for {type(like).__name__}; set "
-            "ppo.reward.controller back, or fork the run"
-        )
-    changed: Controller = replace(like, **{name: value for name, value in values.items() if name != KIND})  # type: ignore[type-var]
-    return changed
-
-
-def states_of(**things: object) -> dict[str, Mapping[str, object]]:
-    """The states of those that have one, by name."""
-    return {name: thing.checkpoint_state() for name, thing in things.items() if isinstance(thing, Stateful)}
-
-
-def restore_states(states: Mapping[str, Mapping[str, object]], **things: object) -> None:
-    """Give those that have a state theirs back."""
-    for name, thing in things.items():
-        if isinstance(thing, Stateful) and name in states:
-            thing.restore_state(states[name])
-
-
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
 
 
 def _name(step: int) -> str:

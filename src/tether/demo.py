@@ -26,6 +26,7 @@ from tether.evaluation import BestOf, draw_best_of_n
 from tether.plots import BestOfN, Trail, moving_mean, plot_curves, plot_frontier
 from tether.recipe_files import load_recipe
 from tether.records import Sample
+from tether.resuming import resume_run
 from tether.session import Task, open_policy, prepare_process, source_of, train_run
 from tether.store import RunStore
 from tether.terminal import console_for_output
@@ -97,27 +98,25 @@ def _open_or_fall_back(name: WorldName, console: Console) -> World:
 
 
 def finished_run(task: Task, settings: RunSettings, root: Path, name: str, console: Console) -> Path:
-    """The folder of a finished run with these settings: the one that is there, or a new one.
+    """The folder of a finished run with these settings: the one that is there, gone on with if need be, or a new one.
 
-    A run that is there but was stopped, or had other settings, is kept under another name.
+    A run that is there and had other settings is kept under another name.
     """
     folder = root / name
     if folder.exists():
-        if is_finished(folder, settings):
-            console.print(f"{name}: finished before, taken from {folder}", soft_wrap=True)
-            return folder
+        if has_settings(folder, settings):
+            return resume_run(folder, lambda _: task, console, settings)
         aside = next(kept for n in range(1, 10_000) if not (kept := root / f"{name}.kept-{n}").exists())
         folder.rename(aside)
         console.print(f"{name}: what was there is kept as {aside}", soft_wrap=True)
     return train_run(task, settings, root, name, console)
 
 
-def is_finished(folder: Path, settings: RunSettings) -> bool:
-    """Whether the folder holds a finished run of exactly these settings."""
+def has_settings(folder: Path, settings: RunSettings) -> bool:
+    """Whether the folder holds a run of exactly these settings."""
     try:
         with RunStore.open(folder) as store:
-            beat = store.last_heartbeat()
-            return beat is not None and beat.status == "finished" and store.meta().get("config") == settings.dump()
+            return store.meta().get("config") == settings.dump()
     except RunError:
         return False
 

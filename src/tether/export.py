@@ -116,7 +116,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = False, message
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ModelError(
             f"{folder} could not be uploaded to {repository!r}: {first}. Log in with `hf auth login` and an access "
             "token that may write, and see that the name is OWNER/NAME"

@@ -22,10 +22,11 @@ from rich.table import Table
 
 from tether.alarms import Alarm
 from tether.batch import Reward, Rollout, plain_text
-from tether.checkpoint import Checkpoints, Identity, states_of
+from tether.checkpoint import Checkpoints, Identity
 from tether.evaluation import Judged
 from tether.records import Sample
 from tether.scores import score
+from tether.snapshot import states_of
 from tether.store import RunStore
 from tether.terminal import short, sparkline
 from tether.trainer import Record, Run

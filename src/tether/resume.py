@@ -11,15 +11,17 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from tether.checkpoint import Checkpoint, Checkpoints, load_weights
+from tether.checkpoint import Checkpoint, Checkpoints
 from tether.config import RunSettings
 from tether.errors import RunError
 from tether.identity import of_tensors, of_tokenizer, recorded_settings, require_same_digests
 from tether.loading import Source
 from tether.models import LanguagePolicy
 from tether.recipe_files import load_recipe
+from tether.resuming import fork_run, resume_run
 from tether.runs import ROOT, find_run
-from tether.session import fork_run, open_policy, prepare_process, resume_run
+from tether.session import open_policy, prepare_process
+from tether.snapshot import load_weights
 from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore, check_name
 from tether.tasks import open_task
 from tether.terminal import console_for_output

@@ -1,8 +1,7 @@
 """From a recipe to a finished run folder: world, judges, policy, training, evaluation.
 
-`train_run` trains one policy and leaves everything in `root/name`; `resume_run` goes on with such a folder as if the
-run had never stopped; `fork_run` makes a new one that starts from a checkpoint of another. The jobs above (`demo.py`,
-`sweep.py`, `training.py`, `resume.py`) are made of these.
+`train_run` trains one policy and leaves everything in `root/name`, with checkpoints that `resuming.py` goes on from.
+The jobs above (`demo.py`, `sweep.py`, `training.py`) are made of it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -21,29 +20,21 @@ from transformers.utils import logging as transformers_logging
 
 from tether import __version__
 from tether.batch import Reward
-from tether.checkpoint import Checkpoint, Checkpoints, Identity, plain, restore_states
+from tether.checkpoint import Checkpoint, Checkpoints, Identity
 from tether.config import RunSettings
 from tether.errors import ConfigError, RunError
 from tether.evaluation import Judged, evaluate, summarise
-from tether.identity import (
-    differences,
-    identify,
-    made_by,
-    recorded_settings,
-    require_same_digests,
-    require_same_settings,
-)
+from tether.identity import identify, require_same_digests
 from tether.loading import Source, layer_count
 from tether.models import LanguagePolicy, load_policy
 from tether.prompts import PromptSet, PromptSource, fit
-from tether.recipe_files import load_recipe
 from tether.recomputation import recompute_layers
 from tether.recording import Keeper, Saver, Screen, probes
 from tether.records import Status
-from tether.rewards import controller
 from tether.runtime.interrupt import Interrupt
 from tether.runtime.memory import keep_freed_memory
-from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore
+from tether.snapshot import restore_states
+from tether.store import CHECKPOINTS, RunStore
 from tether.trackers import Trackers
 from tether.trainer import Run, train
 from tether.worlds.real import cache_folder
@@ -196,7 +187,7 @@ class Session:
         recorded = dict(self.start.identity.digests) if self.start is not None else {}
         known = self.store.meta().get("digests")
         recorded |= known if isinstance(known, dict) else {}
-        require_same_digests(recorded, identity.digests, _elsewhere(self.store.path))
+        require_same_digests(recorded, identity.digests, elsewhere(self.store.path))
         self.store.put("digests", dict(identity.digests))
         return identity
 
@@ -240,9 +231,10 @@ def train_run(
     task: Task, settings: RunSettings, root: Path, name: str, console: Console, *, way_on: str | None = None
 ) -> Path:
     """Train one policy; returns its run folder. A run that ends early stays readable, says how it ended, and goes on
-    with `resume_run`.
+    from its last checkpoint.
 
-    `way_on`: what to tell the user then; by default the command `tether resume FOLDER`.
+    `way_on`: what to tell the user then; by default the command `tether resume FOLDER`, or the function where settings
+    alone do not say what the run is about.
 
     Raises RunError where the folder exists or cannot be written, and whatever training raises.
     """
@@ -250,95 +242,37 @@ def train_run(
     with RunStore.create(root, name, settings.dump()) as store:
         store.put("sigma", 1.0)
         store.put("source", None if isinstance(task.model, PreTrainedModel) else str(task.model))
-        return _see_through(Session(task, settings, policy, store, console), way_on)
+        return see_through(Session(task, settings, policy, store, console), way_on)
 
 
-def resume_run(
-    folder: Path,
-    open_task: Callable[[RunSettings], Task],
-    console: Console,
-    settings: RunSettings | None = None,
-    *,
-    way_on: str | None = None,
-) -> Path:
-    """Go on with a run from its last whole checkpoint, as if it had never stopped; returns its folder.
-
-    `open_task` gives what the run was about. `settings`: by default those in the folder; they must be those that the
-    run was started with, up to what is looked at and kept. Rows of `run.db` after the checkpoint are made again. A run
-    without a checkpoint starts again from update 0; a finished one stays as it is.
-
-    Raises RunError where the folder is no run, another process writes it, or settings, reference, tokenizer, reward or
-    prompts are not what the run was started with, and whatever training raises.
-    """
-    with RunStore.open(folder, readonly=False) as store:
-        chosen = load_recipe(str(folder / CONFIG_FILE)) if settings is None else settings
-        checkpoints = Checkpoints(folder / CHECKPOINTS, chosen.checkpoint)
-        start = checkpoints.newest(lambda text: console.print(text, soft_wrap=True), _rows(store))
-        recorded = store.meta()["config"] if start is None else start.identity.settings
-        require_same_settings(recorded, chosen, _elsewhere(folder))
-        if _is_finished(store, chosen):
-            console.print(f"{folder} is finished: {chosen.ppo.steps} updates", soft_wrap=True)
-            return folder
-        _tell_start(store, start, console)
-        store.put("config", chosen.dump())
-        task = open_task(chosen)
-        policy = open_policy(task.model, chosen, task.tokenizer)
-        return _see_through(Session(task, chosen, policy, store, console, start), way_on)
-
-
-def fork_run(parent: Path, step: int | None, root: Path, name: str, settings: RunSettings) -> Path:
-    """A new run folder `root/name` that starts where a checkpoint of `parent` stands; `resume_run` trains it.
-
-    `step`: by default the last whole checkpoint. `settings` may differ from the parent's in what does not change the
-    model: β (its controller then starts anew), steps, seed, rates. Its `meta()["lineage"]` says where it comes from.
-
-    Raises RunError where there is no such checkpoint or the new folder exists, ConfigError where no update is left.
-    """
-    checkpoints = Checkpoints(parent / CHECKPOINTS)
-    start = checkpoints.newest(_ignore) if step is None else checkpoints.read(step)
-    if start is None:
-        raise RunError(f"{parent} holds no whole checkpoint to start from; wait for its first one")
-    if settings.ppo.steps <= start.step:
-        raise ConfigError(
-            f"the fork starts at update {start.step} and its settings end at {settings.ppo.steps}; wanted more: "
-            f"try --steps {2 * start.step}"
-        )
-    before = recorded_settings(start.identity.settings)
-    snapshot = start.snapshot()
-    if settings.ppo.reward != before.ppo.reward:
-        snapshot = replace(snapshot, beta=plain(controller(settings.ppo.reward)))
-    kept = {key: start.identity.digests[key] for key in ("reference", "tokenizer")}
-    with RunStore.open(parent) as store:
-        source = store.meta().get("source")
-    lineage = {"run": str(parent.resolve()), "step": start.step, "checkpoint": start.digest}
-    with RunStore.create(root, name, settings.dump()) as store:
-        for key, fact in {"sigma": 1.0, "source": source, "lineage": lineage, "digests": kept}.items():
-            store.put(key, fact)
-        identity = Identity(settings.dump(), kept, start.identity.made_by)
-        Checkpoints(store.path / CHECKPOINTS, settings.checkpoint).save(snapshot, identity)
-        return store.path
-
-
-def _see_through(session: Session, way_on: str | None) -> Path:
+def see_through(session: Session, way_on: str | None) -> Path:
     """Train to the end; however it ends, the folder says so and the terminal says how to go on."""
     store = session.store
-    way_on = way_on or f"tether resume {shlex.quote(str(store.path))}"
     named = [*session.settings.report_to, *session.task.trackers]
     try:
         with Trackers.open(named, store.path, session.settings, session.console) as trackers:
             store.told = trackers.log
             session.train()
-    except KeyboardInterrupt:
-        _leave_word(store, "stopped by Ctrl-C", "stopped")
-        saved = session.checkpoints.latest()
-        where = "no checkpoint yet" if saved is None else f"saved at update {saved}"
-        session.console.print(f"{where}; go on with: {way_on}", soft_wrap=True)
-        raise
     except BaseException as error:
-        _leave_word(store, f"{type(error).__name__}: {error}", "failed")
+        stopped = isinstance(error, KeyboardInterrupt)
+        told = "stopped by Ctrl-C" if stopped else f"{type(error).__name__}: {error}"
+        _leave_word(store, told, "stopped" if stopped else "failed")
+        saved = session.checkpoints.latest()
+        if stopped or saved is not None:
+            where = "no checkpoint yet" if saved is None else f"saved at update {saved}"
+            session.console.print(f"{where}; go on with: {way_on or _way_on(session)}", soft_wrap=True, markup=False)
         raise
     store.heartbeat(session.settings.ppo.steps, "done", "finished")
     return store.path
+
+
+def _way_on(session: Session) -> str:
+    """The command that goes on, or the call where model, prompts or reward came from Python."""
+    settings, folder = session.settings, session.store.path
+    named = (settings.model.source, settings.data.prompts, settings.reward.source)
+    if isinstance(session.task.model, PreTrainedModel) or (settings.world is None and None in named):
+        return f'tether.resuming.resume_run(Path("{folder}"), lambda settings: task, console)'
+    return f"tether resume {shlex.quote(str(folder))}"
 
 
 def _leave_word(store: RunStore, phase: str, status: Status) -> None:
@@ -346,32 +280,6 @@ def _leave_word(store: RunStore, phase: str, status: Status) -> None:
         store.heartbeat(store.last_step() or 0, phase, status)
 
 
-def _rows(store: RunStore) -> int:
-    """Updates of which `run.db` holds the rows; those before a fork are its parent's."""
-    lineage, last = store.meta().get("lineage"), store.last_step()
-    begun = int(lineage["step"]) if isinstance(lineage, dict) else 0
-    return begun if last is None else max(begun, last + 1)
-
-
-def _is_finished(store: RunStore, settings: RunSettings) -> bool:
-    beat = store.last_heartbeat()
-    return beat is not None and beat.status == "finished" and beat.step == settings.ppo.steps
-
-
-def _tell_start(store: RunStore, start: Checkpoint | None, console: Console) -> None:
-    """Say and note where the run goes on from, and what may move its last bits."""
-    step = 0 if start is None else start.step
-    console.print(f"{store.name}: goes on from update {step}" if start else f"{store.name}: no checkpoint, starts anew")
-    changed = [] if start is None else differences(start.identity.made_by, made_by())
-    if changed:
-        console.print(f"the last bits may differ from those of an uninterrupted run: {'; '.join(changed)}")
-    store.event("resumed", {"step": step, "changed": changed})
-
-
-def _elsewhere(folder: Path) -> str:
+def elsewhere(folder: Path) -> str:
     """What to do where a run cannot go on as it is."""
     return f"Give the run back what it had, or start another from it: tether fork {shlex.quote(str(folder))} --name NEW"
-
-
-def _ignore(text: str) -> None:
-    del text

@@ -2,7 +2,7 @@
 
 `Run` holds what one training run is made of; `advance` is one update, the rooms in their order. Everything that an
 update draws at random is a function of (seed, purpose, step), so a run that is given back a snapshot of itself
-(`checkpoint.py`) continues from that step as if never stopped.
+(`snapshot.py`) continues from that step as if never stopped.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 from tether.advantages import estimate
 from tether.batch import Experience, Outcome, Policy, Reward, Rewards, Rollout, Scores
-from tether.checkpoint import Snapshot, load_weights, plain, restore_states, states_of, unplain
 from tether.config import PPOSettings
 from tether.optimiser import Optimiser, numbered
 from tether.prompts import PromptSource
 from tether.rewards import Beta, controller, tether
 from tether.rollouts import sample
 from tether.scores import score
+from tether.snapshot import Snapshot, load_weights, plain, restore_states, states_of, unplain
 from tether.streams import permutation, uniforms
 from tether.update import update
 
