@@ -222,6 +222,7 @@ def test_columns_that_cannot_be_sent_are_named() -> None:
     ("url", "knobs"),
     [
         ("file:///etc/passwd", {}),
+        ("ftp://host/score", {}),
         ("localhost:8000", {}),
         ("http://", {}),
         ("http://host/", {"timeout_seconds": 0.0}),

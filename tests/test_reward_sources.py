@@ -333,15 +333,15 @@ def test_by_texts_alone_token_rewards_are_their_sum() -> None:
         TokenRewards(per_token)(P, R)
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters as tokens; `/` and `//` are tokens too, `$` the end."""
+def word_tokenizer(eos: str = "$") -> PreTrainedTokenizerFast:
+    """Characters as tokens; `/` and `//` are tokens too, `$` the end unless told."""
     vocab = {token: number for number, token in enumerate("$abc/")} | {"//": 5, "a/": 6}
     words = Tokenizer(models.WordLevel(vocab, unk_token="c"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     from tokenizers.decoders import Fuse
 
     words.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="$")
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos)
 
 
 def steps_rollout(*rows: list[int]) -> Rollout:
@@ -391,6 +391,13 @@ def test_two_steps_that_end_in_one_token_both_count() -> None:
     assert got.token_rewards is not None
     assert got.token_rewards.tolist() == [[0.0, 3.0, 4.0]]
     assert batch.texts == ("a////b",)
+
+
+def test_an_end_that_is_written_as_the_separator_ends_no_step() -> None:
+    batch = replace(steps_rollout([1, 2, 5]), texts=("ab",))
+    got = score(StepRewards(lambda prompts, responses: [[4.0]], word_tokenizer(eos="//"), "//"), batch)
+    assert got.token_rewards is not None
+    assert got.token_rewards.tolist() == [[0.0, 0.0, 4.0]]
 
 
 def test_steps_that_do_not_fit_are_refused() -> None:
