@@ -1,6 +1,6 @@
 """Fill what the docs take from the program: the metrics, the knobs, the layers of the house, pieces of source.
 
-    python docs/build.py            rewrite `docs/metrics.md` and every filled block
+    python docs/build.py            rewrite `docs/metrics.md`, `docs/failures/` and every filled block
     python docs/build.py --check    say which pages are out of date, and fail if one is
 
 A block stands in a page between `<!-- begin KIND: ARGUMENT -->` and `<!-- end -->`; what is between is replaced. The
@@ -17,6 +17,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from tether import config
+from tether.alarms import FAILURES, Failure
 from tether.aliases import LIBRARIES, REFUSED, TRANSLATED, Library
 from tether.knobs import allowed, knobs, told
 from tether.metrics import CATALOGUE, Metric
@@ -100,6 +101,13 @@ def layers(contract: str) -> str:
     return "```text\n" + parser[f"importlinter:contract:{contract}"]["layers"].strip() + "\n```"
 
 
+def failures_table(kind: str) -> str:
+    """A table of the failures of this kind, each with a link to its page."""
+    chosen = [failure for failure in FAILURES.values() if failure.kind == kind]
+    rows = [(f"[`{one.name}`](failures/{one.name}.md)", one.title, one.verdict, one.seen) for one in chosen]
+    return _table(("failure", "what it is", "verdict", "what shows"), rows)
+
+
 FILLERS: dict[str, Callable[[str], str]] = {
     "metrics": metrics_table,
     "knobs": knobs_table,
@@ -107,6 +115,7 @@ FILLERS: dict[str, Callable[[str], str]] = {
     "translated": translated,
     "source": source,
     "layers": layers,
+    "failures": failures_table,
 }
 
 
@@ -161,6 +170,30 @@ def _entry(metric: Metric) -> list[str]:
     ]
 
 
+# ── the failures ────────────────────────────────────────────────────────────────────────────────────────────────────
+KINDS = {
+    "invariant": "An identity of every right run fails: it trips at once, and never by chance.",
+    "statistic": "A fair game against chance: an honest run is alarmed with probability 0.001 at most, however long.",
+    "guard": "A relation that right runs keep: it trips when it fails in 3 of 5 updates.",
+    "world": "The checks of the string say nothing of it: other judges and the samples do.",
+}
+
+
+def failure_page(failure: Failure) -> str:
+    """What you see, why, what to do, and the command that shows it to you."""
+    called = f" A run in which it lasts is called **{failure.verdict}**." if failure.verdict else ""
+    told = {"What you see": failure.seen, "Why it matters": failure.why, "What to do": failure.remedy,
+            "What looks alike": failure.alike}  # fmt: skip
+    lines = [f"# {failure.name}: {failure.title}", "", KINDS[failure.kind] + called, ""]
+    for heading, text in told.items():
+        lines += [f"## {heading}", "", text, ""] if text else []
+    if failure.planted:
+        command = f"tether train nano --fault {failure.name} --name {failure.name}"
+        lines += ["## See it", "", f"Planted on purpose, {failure.planted}:", "", "```text", f"$ {command}",
+                  f"$ tether check {failure.name}", "```", ""]  # fmt: skip
+    return "\n".join([*lines, "All failures: [checks](../checks.md)."]) + "\n"
+
+
 def anchor(heading: str) -> str:
     """The fragment under which a Markdown heading is found: lower case, letters, digits, `_` and `-` only.
 
@@ -184,7 +217,8 @@ def pages() -> dict[Path, str]:
     """Every page that holds something filled, as it should be."""
     found = {path: path.read_text("utf-8") for path in sorted(DOCS.rglob("*.md"))}
     return {path: filled(text) for path, text in found.items() if BLOCK.search(text)} | {
-        DOCS / "metrics.md": metrics_page()
+        DOCS / "metrics.md": metrics_page(),
+        **{DOCS / "failures" / f"{name}.md": failure_page(failure) for name, failure in FAILURES.items()},
     }
 
 

@@ -237,9 +237,15 @@ def test_every_symbol_of_the_lesson_is_in_its_table() -> None:
     assert [word for word in LESSON.split() if word not in text] == []
 
 
+def links(page: Path) -> set[Path]:
+    """What a page leads to."""
+    return {(page.parent / target.partition("#")[0]).resolve() for target in LINK.findall(page.read_text("utf-8"))}
+
+
 def test_every_page_is_reached_from_the_index() -> None:
     index = ROOT / "docs" / "README.md"
-    linked = {(index.parent / target.partition("#")[0]).resolve() for target in LINK.findall(index.read_text("utf-8"))}
+    linked = links(index)
+    linked |= {page for one in linked & {page.resolve() for page in PAGES} for page in links(one)}
     assert [page for page in PAGES[1:] if page != index and page.resolve() not in linked] == []
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from resumable import left_behind, settings_of, task_of
+from resumable import count_words, left_behind, settings_of, task_of
 from tether.alarms import FAILURES, FAULTS
+from tether.batch import Prompt
+from tether.checkpoint import Checkpoints
 from tether.config import RunSettings
-from tether.errors import ConfigError
+from tether.errors import AlarmError, ConfigError
 from tether.faults import faulty_settings, planted
 from tether.records import Event
-from tether.session import train_run
+from tether.resuming import resume_run
+from tether.session import Judges, train_run
 from tether.store import RunStore
 from tether.verdict import judge
 from tether.watch import Watch
@@ -96,6 +101,55 @@ def test_to_be_watched_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     alone = left_behind(trained(tmp_path / "alone", settings_of("full")))
     assert watched["bits"] == alone["bits"]
     assert watched["curves"] == alone["curves"]
+
+
+class Interrupting:
+    """Stops the process, as Ctrl-C does, at the fourth question."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+        self.asked += 1
+        if self.asked == 4:
+            raise KeyboardInterrupt
+        return count_words(prompts, responses)
+
+    def digest(self) -> str:
+        return "counts words"
+
+
+@pytest.mark.parametrize("fault", [None, "resume_jump"])
+def test_a_resume_goes_on_with_the_weights_that_were_saved(fault: str | None, tmp_path: Path) -> None:
+    task, console = task_of(tmp_path / "sft"), Console(file=io.StringIO())
+    task = replace(task, judges=Judges(Interrupting()))
+    with pytest.raises(KeyboardInterrupt):
+        train_run(task, settings_of("full"), tmp_path, "run", console)
+    with planted(fault):
+        resume_run(tmp_path / "run", lambda _: task, console)
+    assert [event.kind for event in complaints(tmp_path / "run")] == ([] if fault is None else [fault])
+
+
+@pytest.mark.parametrize(("answer", "saved"), [("pause", 2), ("stop", 1), ("rollback", 1)])
+def test_an_alarm_ends_the_run_as_its_settings_ask(answer: str, saved: int, tmp_path: Path) -> None:
+    values = shaken("full").dump()
+    values["checks"]["on_alarm"] = answer
+    values["checkpoint"]["every"] = 1
+    with pytest.raises(AlarmError, match="wrong sign"):
+        trained(tmp_path, RunSettings.model_validate(values), "kl_sign")
+    with RunStore.open(tmp_path / "run") as store:
+        beat = store.last_heartbeat()
+        assert store.steps() == [0, 1]
+        assert judge(store).word == "NOT ATTACHED"
+    assert beat is not None
+    assert beat.status == "stopped"
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() == saved
+
+
+def test_another_start_may_be_declared(tmp_path: Path) -> None:
+    values = shaken("full").dump()
+    values["checks"]["same_start"] = False
+    assert complaints(trained(tmp_path, RunSettings.model_validate(values), "wrong_reference")) == []
 
 
 def test_a_fault_is_gone_when_its_block_ends(tmp_path: Path) -> None:

@@ -210,3 +210,15 @@ def test_log_probabilities_that_are_not_the_policys_are_alarmed() -> None:
     object.__setattr__(rollout, "sampler_logprobs", rollout.logprobs - 0.2)
     (alarm,) = Honesty(2, 1.0, Tolerance.of(torch.float32)).check(table, rollout, 0)
     assert alarm.reason == "sampler_dishonest"
+
+
+def test_a_kl_that_stays_below_zero_is_alarmed_of_any_policy() -> None:
+    """A policy that tells no distributions, and samples that the reference likes better than the policy does."""
+    honest, cold = Honesty(0, 1.0, Tolerance.of(torch.float32)), Honesty(0, 1.0, Tolerance.of(torch.float32))
+    rng, found = np.random.default_rng(3), []
+    for step in range(20):
+        table = Table(3)
+        rollout = rollout_of(table, rng, None, table.logits)
+        assert list(honest.check(object(), rollout, step)) == []
+        found += list(cold.check(object(), rollout_of(table, rng, None, table.old), step))
+    assert {alarm.reason for alarm in found} == {"negative_kl"}

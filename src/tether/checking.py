@@ -9,6 +9,7 @@ import json as jsonlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -20,29 +21,45 @@ from tether.store import RunStore
 from tether.terminal import console_for_output
 from tether.verdict import Standing, Verdict, judge
 
+if TYPE_CHECKING:
+    from tether.pluck import Pluck
+
 QUIET, ALARMED, MISUSED = 0, 1, 2
 STYLES = {"NOT ATTACHED": "bold red", "SNAPPED": "bold red", "SLACK": "bold yellow", "TAUT": "bold yellow"}
 
 
-def main(run: str, /, root: Path = ROOT, json: bool = False) -> int:
+def main(run: str, /, root: Path = ROOT, json: bool = False, pluck: bool = False) -> int:
     """Say whether the string of a run is attached, and what speaks for it.
 
     Args:
         run: The run's name below `root`, or the path of its folder.
         root: The folder that holds the run folders.
         json: Print one JSON object instead.
+        pluck: Pull at the string of the last checkpoint too: no reward, β fourfold, ten updates in memory.
     """
     try:
-        with RunStore.open(find_run(run, root)) as store:
+        folder = find_run(run, root)
+        with RunStore.open(folder) as store:
             verdict = judge(store)
+        answer = _pluck(folder) if pluck else None
     except RunError as error:
         print(f"tether check: {error}", file=sys.stderr)
         return MISUSED
     if json:
-        print(jsonlib.dumps(jsonlib.loads(to_json(described(verdict))), indent=2))
+        told = described(verdict) | ({} if answer is None else {"pluck": asdict(answer)})
+        print(jsonlib.dumps(jsonlib.loads(to_json(told)), indent=2))
     else:
         show(verdict, console_for_output())
-    return QUIET if verdict.is_quiet else ALARMED
+        if answer is not None:
+            print(f"\npluck: {answer.sentence()}")
+    attached = answer is None or answer.is_attached
+    return QUIET if verdict.is_quiet and attached else ALARMED
+
+
+def _pluck(folder: Path) -> Pluck:
+    from tether.pluck import pluck_run
+
+    return pluck_run(folder, Console(stderr=True))
 
 
 def described(verdict: Verdict) -> dict[str, object]:

@@ -253,6 +253,15 @@ class CheckpointSettings(Settings):
     best: str | None = knob(None, "A metric, as eval/gold: the checkpoint where it was highest is kept too")
 
 
+class CheckSettings(Settings):
+    """What is done about an alarm; the checks themselves are always on."""
+
+    on_alarm: Literal["log", "pause", "stop", "rollback"] = knob(
+        "log", "Note it and go on; save and end; end; or end with the policy back at its last checkpoint", usual="log"
+    )
+    same_start: bool = knob(True, "Policy and reference are one model at the start; false where they differ on purpose")
+
+
 class DataSettings(Settings):
     """Your own prompts, in place of a world's."""
 
@@ -333,6 +342,7 @@ class RunSettings(Settings):
     ppo: PPOSettings = PPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    checks: CheckSettings = CheckSettings()
     keep_samples: int = knob(8, "Responses kept of each update, with their per-token arrays", usual="0 to 16", ge=0)
     report_to: tuple[str, ...] = knob(
         (), "Trackers beside the run's own store: tensorboard, wandb, trackio, mlflow, …", used="TRL all installed"

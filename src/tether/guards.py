@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean, median
+from typing import Any
 
 from tether.alarms import Alarm
 from tether.config import PPOSettings
@@ -56,6 +57,16 @@ class Trends:
         yield from self._scores(now, distinct)
         for guard in (self._update, self._entropy, self._length, self._values, self._string, self._controller):
             yield from guard(now)
+
+    def state(self) -> dict[str, object]:
+        """All that is remembered, as plain values."""
+        return {"history": self.history, "failed": {name: list(recent) for name, recent in self._failed.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        kept = state["history"].items()
+        self.history = {name: [math.nan if value is None else value for value in values] for name, values in kept}
+        self._failed = {name: deque(recent) for name, recent in state["failed"].items()}
 
     def _scores(self, now: Mapping[str, float], distinct: int) -> Iterator[Alarm]:
         flat = now["score/std"] <= 1e-6 * (1.0 + abs(now["score/mean"])) and distinct > 1
@@ -146,8 +157,10 @@ class Trends:
     # ── the run so far ──────────────────────────────────────────────────────────────────────────────────────────────
     def _trips(self, guard: str, fails: bool, needed: int = NEEDED, of: int = OF) -> bool:
         """Whether the guard failed in `needed` of the last `of` updates, this one among them."""
-        recent = self._failed.setdefault(guard, deque(maxlen=of))
+        recent = self._failed.setdefault(guard, deque())
         recent.append(bool(fails))
+        while len(recent) > of:
+            recent.popleft()
         return bool(fails) and sum(recent) >= needed
 
     def _updates(self) -> int:

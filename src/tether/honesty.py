@@ -13,9 +13,9 @@ the odds against the next are twenty to one. Read next: `watch.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from tether.alarms import Alarm
 from tether.batch import Rollout, Sequences
 from tether.checks import Tolerance
 from tether.streams import stream
-from tether.tokens import FAMILIES, HYPOTHESES, RANKS, TEMPERATURES, Drawn, Facts, doubted, facts_of
+from tether.tokens import DOUBT, FAMILIES, HYPOTHESES, RANKS, TEMPERATURES, Drawn, Facts, doubted, facts_of
 
 FALSE_ALARMS = 1e-3
 """α: the probability that an honest run is ever alarmed, over all its updates."""
@@ -43,6 +43,12 @@ ELEMENTS_AT_ONCE, ELEMENTS_AT_START, ELEMENTS_LATER = 2**22, 2**25, 2**23
 """tokens × vocabulary: of one pass, of an update at the start, of a later one."""
 LATER_EVERY, LATER_SHARE = 4, 2
 """After the start one update in so many is looked at, and in it one row in so many."""
+NOTHING = -1e300
+"""log of no wealth at all, as a plain number."""
+REMEMBERED = (
+    "wealth", "pit_wealth", "histogram", "tokens", "surprise", "variance", "highest_rank", "ahead", "agreed", "looks",
+    "updates", "kl_wealth",
+)  # fmt: skip
 
 
 @runtime_checkable
@@ -79,21 +85,34 @@ class Honesty:
     surprise: float = 0.0
     variance: float = 0.0
     highest_rank: int = 0
-    highest_above: float = 0.0
     ahead: float = 0.0
     agreed: bool = False
     """Whether sampler and policy gave the same log-probabilities in some update."""
     looks: int = 0
+    updates: int = 0
+    kl_wealth: float = NOTHING
 
     def check(self, policy: object, rollout: Rollout, step: int) -> Iterator[Alarm]:
         """Look at one update's rollout, while the policy is still the one that sampled."""
         if isinstance(policy, Distributions) and (self.looks < FULL_UPDATES or step % LATER_EVERY == 0):
             self.add(facts_of_rollout(policy, rollout, self.temperature, self._rows(policy, rollout)), step)
+        self._bet_on_the_reference(rollout)
         disagreement = _rms(rollout)
         disagrees = disagreement > self.tolerance.logprob
         if self.log_evidence() >= -math.log(FALSE_ALARMS) or disagrees:
             yield self._alarm(disagreement, disagrees)
+        elif self.kl_wealth >= -math.log(FALSE_ALARMS):
+            kl = float(rollout.kl.mean())
+            yield Alarm("negative_kl", f"K is {kl:.3g} nats, at odds of e^{self.kl_wealth:.1f} against K ≥ 0",
+                        {"kl": kl, "log_evidence": self.kl_wealth})  # fmt: skip
         self.agreed |= not disagrees
+
+    def _bet_on_the_reference(self, rollout: Rollout) -> None:
+        """E_π[Π π_ref/π] = 1 for a whole response: where Σ log π − log π_ref stays below 0, y is not of π."""
+        self.updates += 1
+        gains = torch.log((1.0 - DOUBT) * (-rollout.kl.double()).clamp(max=700.0).exp() + DOUBT).sum()
+        share = -math.log(self.updates * (self.updates + 1.0))
+        self.kl_wealth = float(np.logaddexp(self.kl_wealth, share)) + float(gains)
 
     def add(self, facts: Facts, step: int) -> None:
         """Bet on these tokens: every wager is multiplied by the ratio that it was laid on."""
@@ -109,8 +128,18 @@ class Honesty:
         self.surprise += float(facts.surprise.double().sum())
         self.variance += float(facts.variance.double().clamp(min=0).sum())
         self.highest_rank = max(self.highest_rank, int(facts.rank.max()))
-        self.highest_above = max(self.highest_above, float(facts.above.max()))
         self.ahead += float(facts.ahead.double().sum())
+
+    def state(self) -> dict[str, object]:
+        """All that was bet and won so far, as plain values."""
+        found = {name: getattr(self, name) for name in REMEMBERED}
+        return {name: v.clamp(min=NOTHING).tolist() if isinstance(v, Tensor) else v for name, v in found.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        for name in REMEMBERED:
+            value = state[name]
+            setattr(self, name, torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value)
 
     def log_evidence(self) -> float:
         """log of the whole wager; it reaches log 1/α in an honest run with probability α at most."""

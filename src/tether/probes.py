@@ -82,6 +82,11 @@ def reference_weights(policy: Policy) -> list[Tensor]:
     return list(policy.mode.reference()) if isinstance(policy, LanguagePolicy) else []
 
 
+def fingerprint(policy: Policy) -> list[int]:
+    """A sum of the bits of what trains, group by group."""
+    return [sum(_sum(weight) for weight in group) for group in policy.trainable().values()]
+
+
 def check_storage(policy: Policy, optimised: Sequence[Tensor]) -> Iterator[Alarm]:
     """Neither a trainable weight nor one that the optimiser holds shares memory with the reference."""
     if isinstance(policy, LanguagePolicy) and shares_storage(policy):

@@ -30,7 +30,7 @@ from tether.snapshot import states_of
 from tether.store import RunStore
 from tether.terminal import short, sparkline
 from tether.trainer import Record, Run
-from tether.watch import Watch
+from tether.watch import OnAlarm, Watch
 
 LINES_A_RUN = 20
 """Plain lines that a whole run prints where the output is no terminal."""
@@ -161,6 +161,15 @@ class Saver:
         states = {**snapshot.states, **states_of(watch=self.watch)}
         self.checkpoints.save(replace(snapshot, states=states), self.identity, self._worth())
 
+    def answer(self, on_alarm: OnAlarm) -> None:
+        """What an alarm asks for: `pause` saves the run as it stands, `rollback` puts it back to a checkpoint."""
+        if on_alarm == "pause":
+            self.save()
+        if on_alarm == "rollback":
+            last = self.checkpoints.newest(_say_nothing)
+            if last is not None:
+                self.run.restore(last.snapshot())
+
     def _worth(self) -> dict[int, float]:
         """The metric by which the best checkpoint is kept, by step."""
         best = self.checkpoints.settings.best
@@ -169,6 +178,10 @@ class Saver:
         curve = self.store.curve(best)
         pairs = zip(curve.steps.tolist(), curve.values.tolist(), strict=True)
         return {step: value for step, value in pairs if math.isfinite(value)}
+
+
+def _say_nothing(text: str) -> None:
+    """For what need not be told."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ from tether import __version__
 from tether.batch import Reward
 from tether.checkpoint import Checkpoint, Checkpoints, Identity
 from tether.config import RunSettings
-from tether.errors import ConfigError, RunError
+from tether.errors import AlarmError, ConfigError, RunError
 from tether.evaluation import Judged, evaluate, summarise
 from tether.identity import identify, require_same_digests
 from tether.loading import Source, layer_count
@@ -37,6 +37,7 @@ from tether.snapshot import restore_states
 from tether.store import CHECKPOINTS, RunStore
 from tether.trackers import Trackers
 from tether.trainer import Run, train
+from tether.watch import Watch
 from tether.worlds.real import cache_folder
 from tether.worlds.world import World
 
@@ -174,12 +175,16 @@ class Session:
         title = f"{self.store.name} · β = {knobs.reward.beta:g}"
         start = 0 if self.start is None else self.start.step
         with Interrupt(STOPPING) as interrupt, Screen(self.console, knobs.steps, title, start) as screen:
-            keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples)
-            run = Run(self.policy, judges.reward, prompts, knobs, keeper, keeper.watch.before)
-            watch = getattr(keeper, "watch", None)
+            watch = Watch(self.settings.checks.on_alarm, self.settings.checks.same_start)
+            keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples, watch)
+            run = Run(self.policy, judges.reward, prompts, knobs, keeper, watch.before)
             self._take_up(run, heldout, watch)
             saver = Saver(run, self.checkpoints, identity, self.store, watch)
-            train(run, self._between(saver, heldout, interrupt))
+            try:
+                train(run, self._between(saver, heldout, interrupt))
+            except AlarmError:
+                saver.answer(watch.on_alarm)
+                raise
 
     def _identify(self, prompts: PromptSource) -> Identity:
         """What this run is. Raises RunError where its folder says that it is another."""
@@ -254,8 +259,8 @@ def see_through(session: Session, way_on: str | None) -> Path:
             store.told = trackers.log
             session.train()
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        told = "stopped by Ctrl-C" if stopped else f"{type(error).__name__}: {error}"
+        stopped = isinstance(error, KeyboardInterrupt | AlarmError)
+        told = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         _leave_word(store, told, "stopped" if stopped else "failed")
         saved = session.checkpoints.latest()
         if stopped or saved is not None:

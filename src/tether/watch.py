@@ -10,9 +10,9 @@ is not. What an alarm does to the run is `on_alarm`. Read next: `verdict.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,11 +22,11 @@ from tether.checks import Moment, Tolerance, check, check_outcome, check_start
 from tether.errors import AlarmError
 from tether.guards import Trends
 from tether.honesty import Distributions, Honesty
-from tether.probes import PassProbe, ReferenceProbe, RewardProbe, check_storage
+from tether.probes import PassProbe, ReferenceProbe, RewardProbe, check_storage, fingerprint
 from tether.trainer import Record, Run
 
-OnAlarm = Literal["log", "stop"]
-"""What an alarm does: an event only, or the end of the run with its folder readable."""
+OnAlarm = Literal["log", "pause", "stop", "rollback"]
+"""What an alarm does: an event only, or the end of the run: saved as it stands, not saved, or back at a checkpoint."""
 ALWAYS = 3
 """Updates at the start in which every probe is asked."""
 EVERY = {"reference": 4, "reward": 10, "passes": 50}
@@ -58,19 +58,21 @@ class Watch:
     _seconds: float = 0.0
     _probes: _Probes | None = None
     _trends: Trends | None = None
+    _restored: dict[str, Any] = field(default_factory=dict)
 
     def before(self, run: Run, rollout: Rollout, scores: Scores, rewards: Rewards, experience: Experience) -> None:
         """Look at the update while the policy is still the one that sampled."""
-        started = time.perf_counter()
+        started, jumped = time.perf_counter(), list[Alarm]()
         if self._probes is None:
             self._probes = _Probes.of(run, rollout)
             self._trends = Trends(run.settings)
+            jumped = list(self._take_up(run))
         probes = self._probes
         moment = Moment(
             run.step, run.settings, run.beta.value, rollout, scores, rewards, experience, probes.tolerance, probes.stops
         )
         with torch.no_grad():
-            self._found = [*check(moment), *probes.ask(moment)]
+            self._found = [*jumped, *check(moment), *probes.ask(moment)]
         if run.step == 0 and self.same_start:
             self._found += check_start(moment)
         self._seconds = time.perf_counter() - started
@@ -99,12 +101,41 @@ class Watch:
         """What the last update's checks took."""
         return self._seconds
 
+    def checkpoint_state(self) -> Mapping[str, object]:
+        """What the checks have seen so far, and a fingerprint of the weights that the run must go on with."""
+        if self._probes is None or self._trends is None:
+            return self._restored
+        return {
+            "active": self.active,
+            "trends": self._trends.state(),
+            "honesty": self._probes.honesty.state(),
+            "weights": fingerprint(self._probes.run.policy),
+        }
+
+    def restore_state(self, state: Mapping[str, object]) -> None:
+        """Go on from there; the weights are compared when the run does."""
+        self._restored = dict(state)
+        known: dict[str, tuple[int, str]] = state.get("active", {})  # type: ignore[assignment]
+        self.active = {reason: (int(step), severity) for reason, (step, severity) in known.items()}
+
     def act(self, alarms: Iterable[Alarm]) -> None:
         """What `on_alarm` asks for. Raises AlarmError where the run shall stop."""
         grave = [alarm for alarm in alarms if alarm.severity == "alarm"]
-        if grave and self.on_alarm == "stop":
+        if grave and self.on_alarm != "log":
             told = "; ".join(f"{alarm.failure.title} ({alarm.seen})" for alarm in grave)
             raise AlarmError(f"stopped by an alarm: {told}. {grave[0].remedy}")
+
+    def _take_up(self, run: Run) -> Iterator[Alarm]:
+        """Give the checks what they had seen before a resume, and see that the weights are those that were saved."""
+        state = self._restored
+        if not state or self._probes is None or self._trends is None:
+            return
+        self._trends.restore(state["trends"])
+        self._probes.honesty.restore(state["honesty"])
+        now = fingerprint(run.policy)
+        if state["weights"] != now:
+            yield Alarm("resume_jump", f"the policy's weights are not those saved before update {run.step}",
+                        {"saved": state["weights"], "now": now})  # fmt: skip
 
     def _fresh(self, step: int, found: Sequence[Alarm]) -> Iterator[Alarm]:
         reasons = self.active.keys() | {alarm.reason for alarm in found}
