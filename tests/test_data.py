@@ -362,7 +362,7 @@ def test_the_row_that_a_complaint_names_is_counted_without_blank_lines_and_found
         ("headless.csv", b"What is a string?\nWhat is a bow?\n", r"found the columns What is a string\?"),
         ("quote.csv", b'prompt\n"open\n', "is no CSV near line"),
         ("text.parquet", b"no parquet", "cannot be read as Parquet"),
-        ("torn.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-20], "cannot read"),
+        ("torn.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-20], "cannot read"),
         ("prompts.doc", b"a", "cannot tell what .*prompts.doc holds; wanted a name that ends in .jsonl"),
         ("object.json", b'{"version": 1, "data": []}', "found the columns version, data"),
     ],
