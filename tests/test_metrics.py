@@ -12,6 +12,7 @@ import pytest
 
 from tether.errors import InputError
 from tether.metrics import CATALOGUE, Metric, check_known, describe
+from tether.trackers import TRL_NAMES
 
 SOURCE = Path(__file__).parents[1] / "src" / "tether"
 UNITS = {
@@ -55,7 +56,8 @@ def test_every_metric_that_the_source_names_is_in_the_catalogue() -> None:
     }
     logged = {text for text in named if re.fullmatch(rf"({'|'.join(groups)})/[a-z0-9_]+", text)}
     assert "kl/mean" in logged, "the search itself must find something"
-    assert logged - CATALOGUE.keys() - UNITS == set()
+    assert TRL_NAMES.keys() <= CATALOGUE.keys()
+    assert logged - CATALOGUE.keys() - UNITS - set(TRL_NAMES.values()) == set()
 
 
 def test_unknown_names_are_refused_together_each_with_its_nearest() -> None:

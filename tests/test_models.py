@@ -471,7 +471,7 @@ def test_a_head_that_is_no_linear_map_is_refused() -> None:
 
 
 def test_a_missing_folder_or_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot read"):
+    with pytest.raises(ModelError, match="nowhere' is no folder; wanted a folder written by save_pretrained"):
         load_policy(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="pass tokenizer="):
         load_policy(build("llama"))
