@@ -5,10 +5,13 @@ The oracle is the same run without an interruption: its metrics (timings apart),
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -77,28 +80,36 @@ def said(console: Console) -> str:
     return console.file.getvalue()
 
 
+@dataclass
+class Kept:
+    """Runs that several tests begin with: each is trained once and copied for whoever asks."""
+
+    sft: Path
+    root: Path
+
+    def whole(self, settings: RunSettings) -> dict[str, object]:
+        """What the run of these settings leaves behind when nothing stops it."""
+        return left_behind(self._of(settings, None))
+
+    def finished(self, settings: RunSettings, root: Path) -> Path:
+        return Path(shutil.copytree(self._of(settings, None), root / "run"))
+
+    def stopped(self, settings: RunSettings, root: Path, call: int) -> Path:
+        """The run as a power cut at this call of the reward leaves it."""
+        return Path(shutil.copytree(self._of(settings, call), root / "run"))
+
+    def _of(self, settings: RunSettings, call: int | None) -> Path:
+        key = hashlib.sha256(f"{settings.model_dump_json()} {call}".encode()).hexdigest()[:16]
+        if not (self.root / key).exists():
+            task = words(self.sft) if call is None else words(self.sft, call)
+            with nullcontext() if call is None else pytest.raises(PowerCut):
+                train_run(task, settings, self.root, key, silent())
+        return self.root / key
+
+
 @pytest.fixture(scope="module")
-def whole(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[RunSettings], dict[str, object]]:
-    """What the run of these settings leaves behind when nothing stops it."""
-    known: dict[str, dict[str, object]] = {}
-
-    def run(settings: RunSettings) -> dict[str, object]:
-        key = settings.model_dump_json()
-        if key not in known:
-            folder = train_run(words(sft), settings, tmp_path_factory.mktemp("whole"), "whole", silent())
-            known[key] = left_behind(folder)
-        return known[key]
-
-    return run
-
-
-Whole = Callable[[RunSettings], dict[str, object]]
-
-
-def stopped(sft: Path, root: Path, settings: RunSettings, call: int, act: Callable[[], None] = cut) -> Path:
-    with pytest.raises((PowerCut, KeyboardInterrupt)):
-        train_run(words(sft, call, act), settings, root, "run", silent())
-    return root / "run"
+def kept(sft: Path, tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    return Kept(sft, tmp_path_factory.mktemp("kept"))
 
 
 def resumed(run: Path, sft: Path) -> dict[str, object]:
@@ -107,37 +118,37 @@ def resumed(run: Path, sft: Path) -> dict[str, object]:
 
 # ── equal to the last bit ───────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("mode", ["full", "lora", "top"])
-def test_a_resumed_run_is_the_run_that_never_stopped(mode: str, sft: Path, tmp_path: Path, whole: Whole) -> None:
+def test_a_resumed_run_is_the_run_that_never_stopped(mode: str, sft: Path, tmp_path: Path, kept: Kept) -> None:
     """Call 5 of the reward is in update 3: the evaluations before updates 0 and 2 ask it too."""
     settings = settings_of(mode)
-    run = stopped(sft, tmp_path, settings, call=5)
+    run = kept.stopped(settings, tmp_path, 5)
     assert RunStore.open(run).last_step() == 2
-    assert resumed(run, sft) == whole(settings)
+    assert resumed(run, sft) == kept.whole(settings)
 
 
 @pytest.mark.parametrize("call", [0, 1, 3, 5, 6], ids=lambda call: f"call {call}")
-def test_it_may_stop_anywhere(call: int, sft: Path, tmp_path: Path, whole: Whole) -> None:
+def test_it_may_stop_anywhere(call: int, sft: Path, tmp_path: Path, kept: Kept) -> None:
     """In the first evaluation, before the first checkpoint, in an evaluation, in an update, in the last evaluation."""
     settings = settings_of(checkpoint={"every": 2})
-    assert resumed(stopped(sft, tmp_path, settings, call), sft) == whole(settings)
+    assert resumed(kept.stopped(settings, tmp_path, call), sft) == kept.whole(settings)
 
 
-def test_bfloat16_with_its_float32_masters_and_a_fixed_string(sft: Path, tmp_path: Path, whole: Whole) -> None:
+def test_bfloat16_with_its_float32_masters_and_a_fixed_string(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of("full", dtype="bfloat16", controller="fixed")
-    run = stopped(sft, tmp_path, settings, call=5)
+    run = kept.stopped(settings, tmp_path, 5)
     assert any(name.endswith(".master") for name in Checkpoints(run / "checkpoints").read(3).snapshot().optimiser)
-    assert resumed(run, sft) == whole(settings)
+    assert resumed(run, sft) == kept.whole(settings)
 
 
-def test_a_torn_checkpoint_costs_time_and_nothing_else(sft: Path, tmp_path: Path, whole: Whole) -> None:
+def test_a_torn_checkpoint_costs_time_and_nothing_else(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of()
-    run = stopped(sft, tmp_path, settings, call=5)
+    run = kept.stopped(settings, tmp_path, 5)
     torn = run / "checkpoints" / f"step-{Checkpoints(run / 'checkpoints').latest():06d}" / "optimiser.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     console = silent()
     resume_run(run, lambda _: words(sft), console)
     assert f"passed over: {torn.parent} is torn" in said(console)
-    assert left_behind(run) == whole(settings)
+    assert left_behind(run) == kept.whole(settings)
 
 
 @dataclass
@@ -181,7 +192,7 @@ def test_a_reward_with_a_memory_keeps_it(sft: Path, tmp_path: Path) -> None:
 # ── Ctrl-C ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_saves_after_the_update_and_names_the_way_on(
-    number: signal.Signals, sft: Path, tmp_path: Path, whole: Whole
+    number: signal.Signals, sft: Path, tmp_path: Path, kept: Kept
 ) -> None:
     settings, console = settings_of(checkpoint={"every": 100}), silent()
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
@@ -195,7 +206,7 @@ def test_a_signal_saves_after_the_update_and_names_the_way_on(
     assert beat is not None
     assert beat.status == "stopped"
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert resumed(run, sft) == whole(settings)
+    assert resumed(run, sft) == kept.whole(settings)
 
 
 def test_a_run_whose_settings_say_all_goes_on_by_command(sft: Path, tmp_path: Path) -> None:
@@ -206,16 +217,18 @@ def test_a_run_whose_settings_say_all_goes_on_by_command(sft: Path, tmp_path: Pa
     assert f"saved at update 3; go on with: tether resume {tmp_path / 'run'}" in said(console)
 
 
-def test_a_second_ctrl_c_leaves_at_once(sft: Path, tmp_path: Path, whole: Whole) -> None:
+def test_a_second_ctrl_c_leaves_at_once(sft: Path, tmp_path: Path, kept: Kept) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("still here")
 
     settings = settings_of(checkpoint={"every": 2})
-    run = stopped(sft, tmp_path, settings, call=5, act=twice)
+    with pytest.raises(KeyboardInterrupt):
+        train_run(words(sft, 5, twice), settings, tmp_path, "run", silent())
+    run = tmp_path / "run"
     assert Checkpoints(run / "checkpoints").latest() == 2
-    assert resumed(run, sft) == whole(settings)
+    assert resumed(run, sft) == kept.whole(settings)
 
 
 def test_outside_of_the_main_thread_a_run_trains_without_listening(sft: Path, tmp_path: Path) -> None:
@@ -230,7 +243,7 @@ def test_outside_of_the_main_thread_a_run_trains_without_listening(sft: Path, tm
 
 # ── what ends a run early, and what is there already ────────────────────────────────────────────────────────────────
 def test_a_full_disk_ends_the_run_with_one_error_and_it_goes_on_later(
-    sft: Path, tmp_path: Path, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    sft: Path, tmp_path: Path, kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = settings_of(checkpoint={"every": 2})
 
@@ -243,35 +256,35 @@ def test_a_full_disk_ends_the_run_with_one_error_and_it_goes_on_later(
     with pytest.raises(RunError, match="the disk is full; that of update 2 is intact"):
         train_run(words(sft, 4, fill), settings, tmp_path, "run", silent())
     monkeypatch.undo()
-    assert resumed(tmp_path / "run", sft) == whole(settings)
+    assert resumed(tmp_path / "run", sft) == kept.whole(settings)
 
 
-def test_a_finished_run_stays_as_it_is(sft: Path, tmp_path: Path) -> None:
-    run = train_run(words(sft), settings_of(steps=1), tmp_path, "run", silent())
+def test_a_finished_run_stays_as_it_is(sft: Path, tmp_path: Path, kept: Kept) -> None:
+    run = kept.finished(settings_of(), tmp_path)
     before, console = (run / "run.db").read_bytes(), silent()
     resume_run(run, lambda _: pytest.fail("opened"), console)
-    assert "is finished: 1 updates" in said(console)
+    assert "is finished: 4 updates" in said(console)
     assert (run / "run.db").read_bytes() == before
 
 
-def test_a_run_whose_rows_were_lost_goes_on_from_where_it_has_them(sft: Path, tmp_path: Path, whole: Whole) -> None:
+def test_a_run_whose_rows_were_lost_goes_on_from_where_it_has_them(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings, console = settings_of(), silent()
-    run = stopped(sft, tmp_path, settings, call=5)
+    run = kept.stopped(settings, tmp_path, 5)
     with RunStore.open(run, readonly=False) as store:
         store.truncate_after(1)  # as if an older copy of run.db had been put back
     resume_run(run, lambda _: words(sft), console)
     assert "run.db holds 2 updates only" in said(console)
-    assert left_behind(run) == whole(settings)
+    assert left_behind(run) == kept.whole(settings)
 
 
 def test_a_demo_goes_on_with_a_run_that_was_stopped_and_keeps_one_of_other_settings(
-    sft: Path, tmp_path: Path, whole: Whole
+    sft: Path, tmp_path: Path, kept: Kept
 ) -> None:
     settings = settings_of(checkpoint={"every": 2})
-    run = stopped(sft, tmp_path, settings, call=5)
+    run = kept.stopped(settings, tmp_path, 5)
     made = RunStore.open(run).meta()["created"]
     assert finished_run(words(sft), settings, tmp_path, "run", silent()) == run
-    assert left_behind(run) == whole(settings)
+    assert left_behind(run) == kept.whole(settings)
     assert RunStore.open(run).meta()["created"] == made
     finished_run(words(sft), settings.with_beta(0.7).with_steps(1), tmp_path, "run", silent())
     assert RunStore.open(tmp_path / "run.kept-1").meta()["created"] == made
@@ -302,9 +315,9 @@ def other_sft(sft: Path, name: str, seed: int = 0, template: str | None = None) 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["from a checkpoint", "from the start"])
 @pytest.mark.parametrize("what", ["the reference", "the tokenizer", "the reward", "the set of training prompts"])
-def test_another_run_is_refused_by_name(what: str, saved: bool, sft: Path, tmp_path: Path) -> None:
+def test_another_run_is_refused_by_name(what: str, saved: bool, sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of(checkpoint={"every": 1 if saved else 100})
-    run = stopped(sft, tmp_path, settings, call=3)
+    run = kept.stopped(settings, tmp_path, 3)
     rows = RunStore.open(run).steps()
     with pytest.raises(RunError, match=rf"(?s){what}.*: sha256 \w+… at the start, .* tether fork .*run --name NEW"):
         resume_run(run, lambda _: other(sft, what), silent())
@@ -312,10 +325,10 @@ def test_another_run_is_refused_by_name(what: str, saved: bool, sft: Path, tmp_p
 
 
 def test_other_settings_are_refused_by_knob_and_what_is_only_looked_at_is_free(
-    sft: Path, tmp_path: Path, whole: Whole
+    sft: Path, tmp_path: Path, kept: Kept
 ) -> None:
     settings = settings_of(checkpoint={"every": 2})
-    run = stopped(sft, tmp_path, settings, call=5)
+    run = kept.stopped(settings, tmp_path, 5)
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("beta: 0.1", "beta: 0.3").replace("epochs: 2", "epochs: 3"))
     with pytest.raises(
@@ -324,13 +337,13 @@ def test_other_settings_are_refused_by_knob_and_what_is_only_looked_at_is_free(
         resume_run(run, lambda _: words(sft), silent())
     changed = settings.model_copy(update={"checkpoint": settings.checkpoint.model_copy(update={"keep": 9})})
     resume_run(run, lambda _: words(sft), silent(), changed)
-    assert left_behind(run) == whole(settings)
+    assert left_behind(run) == kept.whole(settings)
     assert Checkpoints(run / "checkpoints").steps() == [2, 4]
 
 
-def test_settings_of_another_version_are_one_clear_error(sft: Path, tmp_path: Path) -> None:
+def test_settings_of_another_version_are_one_clear_error(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of()
-    run = stopped(sft, tmp_path, settings, call=1)
+    run = kept.stopped(settings, tmp_path, 1)
     with RunStore.open(run, readonly=False) as store:
         store.put("config", settings.dump() | {"knob_of_the_future": 1})
     with pytest.raises(RunError, match=r"(?s)not those of this version of tether .*knob_of_the_future"):
@@ -343,11 +356,11 @@ def fork(sft: Path, root: Path, step: int | None, settings: RunSettings) -> Path
     return resume_run(folder, lambda _: words(sft), silent())
 
 
-def test_a_fork_with_the_same_settings_takes_the_same_course(sft: Path, tmp_path: Path, whole: Whole) -> None:
+def test_a_fork_with_the_same_settings_takes_the_same_course(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of(checkpoint={"every": 1, "keep": 9})
-    train_run(words(sft), settings, tmp_path, "run", silent())
+    kept.finished(settings, tmp_path)
     forked = left_behind(fork(sft, tmp_path, 2, settings))
-    course = whole(settings)
+    course = kept.whole(settings)
     assert forked["bits"] == course["bits"]
     assert forked["beta"] == course["beta"]
     assert forked["steps"] == [2, 3, 4]
@@ -360,9 +373,9 @@ def test_a_fork_with_the_same_settings_takes_the_same_course(sft: Path, tmp_path
     assert lineage == {"run": str((tmp_path / "run").resolve()), "step": 2, "checkpoint": digest}
 
 
-def test_a_fork_on_another_string_starts_its_controller_anew(sft: Path, tmp_path: Path) -> None:
+def test_a_fork_on_another_string_starts_its_controller_anew(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of()
-    train_run(words(sft), settings, tmp_path, "run", silent())
+    kept.finished(settings, tmp_path)
     longer = settings.with_beta(0.4).with_steps(6)
     folder = fork(sft, tmp_path, None, longer)
     assert RunStore.open(folder).curve("beta").values.tolist()[0] == 0.4
@@ -370,9 +383,9 @@ def test_a_fork_on_another_string_starts_its_controller_anew(sft: Path, tmp_path
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [3, 4], "the parent's stay as they were"
 
 
-def test_a_fork_that_was_stopped_goes_on(sft: Path, tmp_path: Path) -> None:
+def test_a_fork_that_was_stopped_goes_on(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of()
-    train_run(words(sft), settings, tmp_path, "run", silent())
+    kept.finished(settings, tmp_path)
     longer = settings.with_steps(6)
     wanted = left_behind(fork(sft, tmp_path, None, longer))
     again = fork_run(tmp_path / "run", None, tmp_path, "again", longer)
@@ -382,9 +395,9 @@ def test_a_fork_that_was_stopped_goes_on(sft: Path, tmp_path: Path) -> None:
     assert left_behind(resume_run(again, lambda _: words(sft), silent())) == wanted
 
 
-def test_a_fork_may_have_another_reward_but_no_other_reference(sft: Path, tmp_path: Path) -> None:
+def test_a_fork_may_have_another_reward_but_no_other_reference(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of()
-    train_run(words(sft), settings, tmp_path, "run", silent())
+    kept.finished(settings, tmp_path)
     folder = fork_run(tmp_path / "run", None, tmp_path, "fork", settings.with_steps(5))
     with pytest.raises(RunError, match="the reference"):
         resume_run(folder, lambda _: other(sft, "the reference"), silent())
@@ -392,9 +405,9 @@ def test_a_fork_may_have_another_reward_but_no_other_reference(sft: Path, tmp_pa
     assert RunStore.open(folder).steps() == [4, 5]
 
 
-def test_a_fork_with_nothing_to_start_from_or_to_do_is_refused(sft: Path, tmp_path: Path) -> None:
+def test_a_fork_with_nothing_to_start_from_or_to_do_is_refused(sft: Path, tmp_path: Path, kept: Kept) -> None:
     settings = settings_of()
-    run = stopped(sft, tmp_path, settings, call=1)
+    run = kept.stopped(settings, tmp_path, 1)
     with pytest.raises(RunError, match="no whole checkpoint to start from"):
         fork_run(run, None, tmp_path, "fork", settings)
     resume_run(run, lambda _: words(sft), silent())

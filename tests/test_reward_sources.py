@@ -20,6 +20,7 @@ from tether.batch import JudgesRollouts, Prompt, Rollout, ScoresRollouts, Sequen
 from tether.config import RewardSettings
 from tether.errors import InputError, NonFiniteError, RewardError
 from tether.metrics import CATALOGUE
+from tether.probes import RewardProbe
 from tether.reward_model import RewardModel
 from tether.reward_sources import Ensemble, Listed, WeightedSum
 from tether.rewards import tether
@@ -102,6 +103,21 @@ def test_a_reward_model_inside_a_sum_scores_the_rollout(monkeypatch: pytest.Monk
     assert asked == [batch]
     wanted = [2 * a + len(text) for a, text in zip(alone, batch.texts, strict=True)]
     assert_close(got.scores, wanted, ROUND_OFF)
+
+
+def test_a_users_function_is_not_called_for_a_check_wherever_it_stands() -> None:
+    calls = []
+
+    def counted(prompts, responses):
+        calls.append(len(responses))
+        return length(prompts, responses)
+
+    batch = rollout()
+    tokens = TokenRewards(lambda prompts, responses, response_ids: [[0.0] * len(ids) for ids in response_ids])
+    for reward in (counted, WeightedSum({"a": counted, "b": tokens}), Ensemble([counted, length]), tokens):
+        probe = RewardProbe(reward, batch)
+        assert list(probe.check(batch, score(constant([1.0, 2.0, 3.0]), batch))) == []
+    assert calls == []
 
 
 def test_sums_and_ensembles_nest_and_keep_their_names_apart() -> None:

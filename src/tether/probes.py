@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tether.alarms import Alarm
-from tether.batch import Policy, Reward, Rollout, Scores, ScoresRollouts, Sequences
+from tether.batch import JudgesRollouts, Policy, Reward, Rollout, Scores, ScoresRollouts, Sequences
 from tether.checks import Tolerance
 from tether.models import LanguagePolicy, shares_storage
 
@@ -148,10 +148,14 @@ class PassProbe:
 
 
 class RewardProbe:
-    """A reward model asked again. A user's own function is never called for a check: a call may cost or count."""
+    """A reward model asked again. A user's own function is never called for a check: a call may cost or count.
+
+    A sum or an ensemble may hold such a function, and token rewards cannot be asked by texts, so neither is probed.
+    """
 
     def __init__(self, reward: Reward, rollout: Rollout) -> None:
-        self._reward = reward if isinstance(reward, ScoresRollouts) else None
+        asked = isinstance(reward, ScoresRollouts) and not isinstance(reward, JudgesRollouts)
+        self._reward = reward if asked else None
         self._prompts, self._texts = rollout.prompts.texts[:PROBE_ROWS], rollout.texts[:PROBE_ROWS]
         self._columns = {name: values[:PROBE_ROWS] for name, values in rollout.prompts.columns.items()}
         self._scores = self._ask()
