@@ -39,7 +39,7 @@ PIT_SHARE = 0.2
 """Share of the wager that lies on the PIT."""
 FULL_UPDATES = 4
 """Updates at the start whose every token is looked at."""
-ELEMENTS_AT_ONCE, ELEMENTS_AT_START, ELEMENTS_LATER = 2**22, 2**25, 2**23
+ELEMENTS_AT_ONCE, ELEMENTS_AT_START, ELEMENTS_LATER = 2**21, 2**23, 2**22
 """tokens × vocabulary: of one pass, of an update at the start, of a later one."""
 LATER_EVERY, LATER_SHARE = 4, 2
 """After the start one update in so many is looked at, and in it one row in so many."""

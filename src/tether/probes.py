@@ -25,7 +25,7 @@ from tether.models import LanguagePolicy, shares_storage
 PROBE_ROWS, PROBE_TOKENS = 2, 16
 """Of the reference's probe: short, so that it can be asked in every update."""
 PADS = (7, 31)
-SUMMED_AT_ONCE = 2**22
+SUMMED_AT_ONCE = 2**21
 """Weights read anew in one update: a few milliseconds."""
 SAME_SCORE = 1e-4
 """Relative: two scores of one text in the same batch."""
@@ -45,9 +45,9 @@ class ReferenceProbe:
         self._versions = [_version(weight) for weight in self._weights]
         self._next = 0
 
-    def check(self) -> Iterator[Alarm]:
-        """Asks the same rows again, and reads some of the weights again, the next ones at each call."""
-        moved = float((self._ask() - self._said).abs().max())
+    def check(self, ask: bool = True) -> Iterator[Alarm]:
+        """Reads some of the weights again, the next ones at each call; with `ask`, has the same rows said again."""
+        moved = float((self._ask() - self._said).abs().max()) if ask else 0.0
         changed = self._changed()
         if moved > 0.1 * self._tolerance.start or changed:
             seen = f"log π_ref of fixed rows has changed by up to {moved:.3g} nats a token"
@@ -116,16 +116,16 @@ class PassProbe:
     @torch.no_grad()
     def check(self) -> Iterator[Alarm]:
         """Dropout first: where two equal passes differ, nothing can be said of padding."""
-        asked = (("π", self._of_policy, self._rollout), ("π_ref", self._of_reference, self._rollout_reference))
-        for who, ask, rollout in asked:
-            once = ask(self._rows)
-            again = _rms(once - ask(self._rows), self._rows)
-            if again > 0.1 * self._tolerance.logprob:
-                yield Alarm("dropout_on", f"two passes over the same rows differ by {again:.3g} nats in log {who}",
-                            {"who": who, "rms": again})  # fmt: skip
+        once, again = self._ask(0), self._ask(0)
+        padded = {pads: self._ask(pads) for pads in PADS}
+        for who, rollout in (("π", self._rollout), ("π_ref", self._rollout_reference)):
+            repeated = _rms(once[who] - again[who], self._rows)
+            if repeated > 0.1 * self._tolerance.logprob:
+                yield Alarm("dropout_on", f"two passes over the same rows differ by {repeated:.3g} nats in log {who}",
+                            {"who": who, "rms": repeated})  # fmt: skip
                 continue
-            distances = {pads: _rms(once - ask(_padded(self._rows, pads)), self._rows) for pads in PADS}
-            distances[0] = _rms(once - rollout, self._rows)
+            distances = {pads: _rms(once[who] - said[who], self._rows) for pads, said in padded.items()}
+            distances[0] = _rms(once[who] - rollout, self._rows)
             worst = max(distances, key=lambda pads: distances[pads])
             if distances[worst] > self._tolerance.logprob:
                 what = f"with {worst} more columns of padding" if worst else "outside of their batch"
@@ -135,16 +135,11 @@ class PassProbe:
                     {"who": who} | {f"rms_{pads}_pads": distance for pads, distance in distances.items()},
                 )
 
-    def ignores_temperature(self) -> bool:
-        """Whether the reference says the same at another temperature: then it was never tempered."""
-        cold, hot = (self._policy.evaluate_reference(self._rows, t).logprobs for t in (1.0, 2.0))
-        return bool(torch.equal(cold, hot))
-
-    def _of_policy(self, rows: Sequences) -> Tensor:
-        return self._policy.evaluate(rows, self._temperature).logprobs
-
-    def _of_reference(self, rows: Sequences) -> Tensor:
-        return self._policy.evaluate_reference(rows, self._temperature).logprobs
+    def _ask(self, pads: int) -> dict[str, Tensor]:
+        """log π and log π_ref of the rows with this much padding, on one pass of the trunk that they share."""
+        rows = self._policy.prepare(_padded(self._rows, pads))
+        said = self._policy.evaluate(rows, self._temperature).logprobs
+        return {"π": said, "π_ref": self._policy.evaluate_reference(rows, self._temperature).logprobs}
 
 
 class RewardProbe:
@@ -168,10 +163,11 @@ class RewardProbe:
             yield Alarm("reward_drift", f"the same texts scored {_few(self._scores)} at the start and {_few(now)} now",
                         {"start": self._scores, "now": now})  # fmt: skip
         elif self._reward is not None:
-            yield from self._check_path(rollout, scores)
+            first = (rollout.prompts.texts[:PROBE_ROWS], rollout.texts[:PROBE_ROWS])
+            fresh = now if first == (self._prompts, self._texts) else RewardProbe(self._reward, rollout)._scores
+            yield from self._check_path(fresh, scores)
 
-    def _check_path(self, rollout: Rollout, scores: Scores) -> Iterator[Alarm]:
-        fresh = RewardProbe(self._reward, rollout)._scores if self._reward is not None else []
+    def _check_path(self, fresh: list[float], scores: Scores) -> Iterator[Alarm]:
         given: list[float] = scores.scores[: len(fresh)].tolist()
         distance = max((abs(a - b) for a, b in zip(fresh, given, strict=True)), default=0.0)
         dtype = getattr(getattr(self._reward, "model", None), "dtype", torch.float32)
@@ -217,9 +213,9 @@ def _sum(weight: Tensor) -> int:
     return int(bits.sum(dtype=torch.int64))
 
 
-def _version(weight: Tensor) -> int:
-    """How often the weight was written to in place, as autograd counts; −1 where it does not."""
-    return -1 if weight.is_inference() else weight._version
+def _version(weight: Tensor) -> tuple[int, int]:
+    """Where the weight lies, and how often it was written to in place, as autograd counts; −1 where it does not."""
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
 def _storages(tensors: Sequence[Tensor]) -> set[int]:

@@ -15,7 +15,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-TEMPERATURES = (0.01, 0.3, 0.5, 0.6, 0.7, 0.8, 0.87, 0.94, 1.06, 1.15, 1.3, 1.5, 2.0)
+COLD = (0.01, 0.3, 0.5, 0.6, 0.7, 0.8)
+WARM = (8 / 9, 16 / 17, 16 / 15, 8 / 7, 4 / 3, 2.0)
+"""π^(1/τ) is a product of square roots of π."""
+TEMPERATURES = COLD + WARM
 """The sampler's over the policy's."""
 RANKS = (2, 3, 5, 8, 10, 15, 20, 30, 40, 50, 64, 100, 128, 200, 256)
 MASSES = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
@@ -80,17 +83,17 @@ class Facts:
 
 def facts_of(logits: Float[Tensor, "tokens vocab"], drawn: Drawn, temperature: float, stops: frozenset[int]) -> Facts:
     """The facts of one group of rows. `logits` are the policy's, before temperature, float32."""
-    scaled = logits / temperature
-    every = torch.log_softmax(scaled, dim=-1)
+    every = torch.log_softmax(logits / temperature, dim=-1).clamp_(min=IMPOSSIBLE)
     chances = every.exp()
     own = every.gather(1, drawn.tokens[:, None])
-    chance = own.exp()
-    likelier = chances > chance
-    entropy = -(chances * every.clamp(min=IMPOSSIBLE)).sum(dim=1)
+    table = chances.topk(min(max(RANKS), chances.shape[1]), dim=1).values
+    likelier = chances > own.exp()
+    above, rank = _dot(chances, likelier.to(chances.dtype)), likelier.sum(dim=1)
+    entropy = -_dot(chances, every)
     back, ahead = _shifted(every, drawn)
     ratios = [
-        _tempered(scaled, own, drawn.tokens),
-        _cut(chances, chance, likelier),
+        _tempered(chances, own, table),
+        _cut(table, own.exp(), above[:, None], rank[:, None]),
         _unended(chances, drawn, stops),
         _penalised(logits, own, drawn, temperature),
         (back - own[:, 0])[:, None],
@@ -99,9 +102,9 @@ def facts_of(logits: Float[Tensor, "tokens vocab"], drawn: Drawn, temperature: f
     return Facts(
         logprobs=own[:, 0],
         surprise=-own[:, 0] - entropy,
-        variance=(chances * every.clamp(min=IMPOSSIBLE) ** 2).sum(dim=1) - entropy**2,
-        above=(chances * likelier).sum(dim=1),
-        rank=likelier.sum(dim=1),
+        variance=_dot(chances * every, every) - entropy**2,
+        above=above,
+        rank=rank,
         ratios=torch.cat(ratios, dim=1),
         ahead=ahead - own[:, 0],
     )
@@ -112,32 +115,54 @@ def doubted(ratios: Float[Tensor, "tokens hypotheses"]) -> Float[Tensor, "tokens
     return torch.log((1.0 - DOUBT) * ratios.double().clamp(max=700.0).exp() + DOUBT)
 
 
-def _tempered(scaled: Tensor, own: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(z/(T·τ))[y] − log π(y) for each τ."""
-    raw = scaled.gather(1, tokens[:, None])
-    columns = [raw / tau - torch.logsumexp(scaled / tau, dim=1, keepdim=True) - own for tau in TEMPERATURES]
-    return torch.cat(columns, dim=1)
+def _tempered(chances: Tensor, own: Tensor, table: Tensor) -> Tensor:
+    """log π(y)^a/Σ π^a − log π(y) for each temperature τ = 1/a.
+
+    Below 0.8 the sum runs over the likeliest tokens, and the others are bounded by their mass times the least of these
+    to the power a − 1: q is then no more than the tempered distribution, and the wager on it stays fair.
+    """
+    most, rest = table[:, :1], (1.0 - table.sum(dim=1)).clamp(min=0.0)
+    shares = table / most
+    cold = [
+        (((shares ** (1 / tau)).sum(dim=1) + rest / most[:, 0] * shares[:, -1] ** (1 / tau - 1)).log()
+        + most[:, 0].log() / tau)
+        for tau in COLD
+    ]  # fmt: skip
+    half = chances.sqrt()
+    quarter = half.sqrt()
+    eighth = quarter.sqrt()
+    sixteenth = eighth.sqrt()
+    three = half * quarter
+    warm = [
+        _dot(chances, eighth), _dot(chances, sixteenth), _dot(three * eighth, sixteenth), _dot(three, eighth),
+        _dot(half, quarter), half.sum(dim=1),
+    ]  # fmt: skip
+    exponents = torch.tensor([1.0 / tau for tau in TEMPERATURES], device=own.device)
+    return (exponents - 1.0) * own - torch.stack(cold + [sums.log() for sums in warm], dim=1)
 
 
-def _cut(chances: Tensor, chance: Tensor, likelier: Tensor) -> Tensor:
-    """−log(kept mass) where y is kept, for each cut by rank, nucleus and share of the likeliest."""
-    table = chances.topk(min(max(RANKS), chances.shape[1]), dim=1).values
-    cumulative = table.cumsum(dim=1)
-    rank, above = likelier.sum(dim=1, keepdim=True), (chances * likelier).sum(dim=1, keepdim=True)
-    columns = []
-    for k in RANKS:
-        kept = cumulative[:, min(k, cumulative.shape[1]) - 1 :][:, :1]
-        columns.append(torch.where(rank < k, -kept.clamp(max=1.0).log(), IMPOSSIBLE))
-    for p in MASSES:
-        enough = cumulative >= p
-        first = torch.where(enough.any(dim=1, keepdim=True), enough.long().argmax(dim=1, keepdim=True), -1)
-        kept = torch.where(first >= 0, cumulative.gather(1, first.clamp(min=0)), p)
-        columns.append(torch.where(above < p, -kept.clamp(max=1.0).log(), IMPOSSIBLE))
-    for share in SHARES:
-        floor = share * table[:, :1]
-        kept = torch.where(chances >= floor, chances, 0.0).sum(dim=1, keepdim=True)
-        columns.append(torch.where(chance >= floor, -kept.clamp(max=1.0).log(), IMPOSSIBLE))
-    return torch.cat(columns, dim=1)
+def _dot(a: Float[Tensor, "tokens vocab"], b: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens"]:
+    """Σ_v a·b of each token, in one pass."""
+    summed: Tensor = torch.linalg.vecdot(a, b)
+    return summed
+
+
+def _cut(table: Tensor, chance: Tensor, above: Tensor, rank: Tensor) -> Tensor:
+    """−log(kept mass) where y is kept, for each cut by rank, nucleus and share of the likeliest.
+
+    `table` holds the likeliest tokens; where a cut would keep more than those, it is taken for one that keeps all.
+    """
+    width, cumulative = table.shape[1], table.cumsum(dim=1)
+    ranks, masses, shares = (torch.tensor(grid, device=table.device) for grid in (RANKS, MASSES, SHARES))
+    by_rank = cumulative[:, ranks.clamp(max=width) - 1]
+    enough = torch.searchsorted(cumulative, masses.expand(len(table), -1).contiguous())
+    by_mass = torch.where(enough < width, cumulative.gather(1, enough.clamp(max=width - 1)), masses)
+    floors = shares * table[:, :1]
+    among = torch.searchsorted(-table, -floors, right=True)
+    by_share = torch.where(among < width, cumulative.gather(1, (among - 1).clamp(min=0)), 1.0)
+    kept = torch.cat([by_rank, by_mass, by_share], dim=1).clamp(max=1.0)
+    stays = torch.cat([rank < ranks, above < masses, chance >= floors], dim=1)
+    return torch.where(stays, -kept.log(), IMPOSSIBLE)
 
 
 def _unended(chances: Tensor, drawn: Drawn, stops: frozenset[int]) -> Tensor:

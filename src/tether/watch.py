@@ -27,10 +27,10 @@ from tether.trainer import Record, Run
 
 OnAlarm = Literal["log", "pause", "stop", "rollback"]
 """What an alarm does: an event only, or the end of the run: saved as it stands, not saved, or back at a checkpoint."""
-ALWAYS = 3
-"""Updates at the start in which every probe is asked."""
-EVERY = {"reference": 4, "reward": 10, "passes": 50}
-"""Updates between two questions of a probe, later on."""
+FIRST = {"reference": (1, 2), "reward": (0, 1), "passes": (0,)}
+"""Updates at the start in which a probe is asked; the reference says at update 0 what it is held to."""
+EVERY = {"reference": 16, "reward": 20, "passes": 50}
+"""Updates between two questions of a probe, later on: each costs a forward pass, and all together below 1 %."""
 SAMPLER = frozenset(name for name, failure in FAILURES.items() if failure.kind == "statistic")
 EXPLAINS = {
     "dropout_on": SAMPLER | {"wrong_reference", "first_ratio", "padding_leak"},
@@ -68,6 +68,8 @@ class Watch:
             self._trends = Trends(run.settings)
             jumped = list(self._take_up(run))
         probes = self._probes
+        if self._trends is not None:
+            self._trends.settings = run.settings  # which may have been steered
         moment = Moment(
             run.step, run.settings, run.beta.value, rollout, scores, rewards, experience, probes.tolerance, probes.stops
         )
@@ -178,10 +180,9 @@ class _Probes:
     def ask(self, moment: Moment) -> Iterator[Alarm]:
         """Every probe whose turn it is."""
         run, rollout = self.run, moment.rollout
-        if self._due("reference", moment.step):
-            optimised = [parameter for group in run.optimiser.groups.values() for parameter in group]
-            yield from check_storage(run.policy, optimised)
-            yield from self.reference.check()
+        optimised = [parameter for group in run.optimiser.groups.values() for parameter in group]
+        yield from check_storage(run.policy, optimised)
+        yield from self.reference.check(ask=self._due("reference", moment.step))
         if self._due("passes", moment.step):
             yield from PassProbe(run.policy, rollout, run.settings.sampling.temperature, self.tolerance).check()
         if self._due("reward", moment.step):
@@ -190,7 +191,7 @@ class _Probes:
 
     def _due(self, probe: str, step: int) -> bool:
         since = step - self.first
-        return since < (ALWAYS if probe != "passes" else 1) or since % EVERY[probe] == 0
+        return since in FIRST[probe] or (since > 0 and since % EVERY[probe] == 0)
 
 
 def _once(alarms: Iterable[Alarm]) -> Iterator[Alarm]:
