@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,6 +50,10 @@ FAILURES: Mapping[str, Failure] = _load(Path(__file__).with_name("failures.toml"
 """Every failure by its name."""
 FAULTS: tuple[str, ...] = tuple(name for name, failure in FAILURES.items() if failure.planted)
 """Those that can be planted on purpose."""
+
+
+PLANTED: ContextVar[str | None] = ContextVar("planted", default=None)
+"""The fault that is planted just now; a run that begins notes it."""
 
 
 def check_fault(name: str | None) -> str | None:

@@ -56,6 +56,8 @@ COMMANDS: dict[str, Command] = {
     "fork": Command("tether.resume", "main_fork", "another run from a checkpoint of this one: fork RUN@STEP --name N"),
     "export": Command("tether.export", "main", "a run's policy as a Hugging Face folder with its card; onto the hub"),
     "chat": Command("tether.chat", "main", "talk to a run's policy, its reference beside it"),
+    "steer": Command("tether.steering", "main", "turn β and other knobs of a run while it trains; pause, step, stop"),
+    "replay": Command("tether.replay", "main", "what was steered; --verify: the same run once more, bit by bit"),
     "runs": Command("tether.runs", "main_runs", "list the runs of a folder"),
     "check": Command("tether.checking", "main", "is the string attached? the verdict on a run, with its evidence"),
     "show": Command("tether.runs", "main_show", "one run as a table with sparklines"),

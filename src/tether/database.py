@@ -112,6 +112,17 @@ class Database:
                 raise
 
     @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """All rows read inside are of one moment, whatever is written meanwhile."""
+        with complaints(self.path):
+            self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            with complaints(self.path):
+                self._connection.execute("COMMIT")
+
+    @contextmanager
     def forced(self) -> Iterator[None]:
         """What is committed inside is on the disk, with all before it, when its transaction ends.
 

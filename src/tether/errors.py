@@ -9,6 +9,7 @@
     ├── ModelError        a model, tokenizer or checkpoint that cannot do what is asked
     ├── RewardError       a reward function or endpoint that failed, hangs or cannot be reached
     ├── AlarmError        a check failed in a run that shall stop at alarms
+    ├── StopError         a run that was asked to stop, and did
     ├── OutOfMemory       a run that does not fit; also a MemoryError
     ├── RunError          a run folder that is missing, torn or in use
     └── MissingExtraError an optional dependency is not installed; also an ImportError
@@ -53,6 +54,10 @@ class RewardError(TetherError):
 
 class AlarmError(TetherError):
     """A check failed in a run that shall stop at alarms."""
+
+
+class StopError(TetherError):
+    """A run that was asked to stop, by the page or `tether steer`, and did."""
 
 
 class OutOfMemory(TetherError, MemoryError):

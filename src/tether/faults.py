@@ -21,7 +21,7 @@ import tether.fault_models as models
 import tether.rewards
 import tether.session
 import tether.trainer
-from tether.alarms import check_fault
+from tether.alarms import PLANTED, check_fault
 from tether.batch import Prompt, Reward, Rollout, Scores, plain_text
 from tether.config import RunSettings
 from tether.fault_models import Plant, replace_attribute
@@ -37,6 +37,7 @@ def planted(name: str | None) -> Iterator[None]:
     """Plant a fault for the duration; None plants nothing. Raises ConfigError for a name that is no fault."""
     with ExitStack() as stack:
         if check_fault(name) is not None:
+            stack.callback(PLANTED.reset, PLANTED.set(name))
             PLANTS.get(str(name), _nothing)(stack)
         yield
 

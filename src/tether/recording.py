@@ -10,8 +10,9 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from types import TracebackType
 
 import numpy as np
@@ -19,11 +20,14 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from tether.alarms import Alarm
 from tether.batch import Reward, Rollout, plain_text
+from tether.chain import link
 from tether.checkpoint import Checkpoints, Identity
 from tether.evaluation import Judged
+from tether.helm import Helm
 from tether.records import Sample
 from tether.scores import score
 from tether.snapshot import states_of
@@ -50,12 +54,36 @@ def lesson_line(step: int, metrics: Mapping[str, float]) -> str:
     )
 
 
-def samples_of(record: Record, count: int) -> list[Sample]:
+Pieces = Callable[[Sequence[int]], tuple[str, ...]]
+"""The text of each token of a response."""
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tuple[str, ...]:
+    """The text that each token adds, so that together they are the response's text.
+
+    A token alone may read otherwise than in its place (SentencePiece drops a leading space); then each is what the
+    text grows by. Half of a character reads as the replacement sign.
+    """
+    ids = [int(token) for token in tokens]
+    alone: list[str] = tokenizer.batch_decode([[token] for token in ids])
+    if "".join(alone) == tokenizer.decode(ids):
+        return tuple(alone)
+    texts = ["", *(str(tokenizer.decode(ids[: end + 1])) for end in range(len(ids)))]
+    return tuple(now.removeprefix(before) for before, now in pairwise(texts))
+
+
+def _no_pieces(tokens: Sequence[int]) -> tuple[str, ...]:
+    """Leaves the texts out."""
+    del tokens
+    return ()
+
+
+def samples_of(record: Record, count: int, pieces: Pieces = _no_pieces) -> list[Sample]:
     """The first `count` responses of an update, with what is known of each of their tokens."""
-    return [_sample(record, row) for row in range(min(count, len(record.rollout)))]
+    return [_sample(record, row, pieces) for row in range(min(count, len(record.rollout)))]
 
 
-def _sample(record: Record, row: int) -> Sample:
+def _sample(record: Record, row: int, pieces: Pieces) -> Sample:
     rollout, mask = record.rollout, record.rollout.response_mask[row]
     arrays = (
         rollout.sequences.responses, rollout.logprobs, rollout.ref_logprobs, rollout.values,
@@ -75,25 +103,26 @@ def _sample(record: Record, row: int) -> Sample:
         ref_logprobs=ref_logprobs,
         values=values,
         advantages=advantages,
+        pieces=pieces(tokens.tolist()),
     )
 
 
-def probes(judged: Judged, step: int, beta: float) -> list[Sample]:
+def probes(judged: Judged, step: int, beta: float, pieces: Pieces = _no_pieces) -> list[Sample]:
     """Held-out responses as samples of the split `probe`, with every judge's score in their columns."""
     samples: list[Sample] = []
     for rollout in judged.rollouts:
         for row in range(len(rollout)):
             place, mask = len(samples), rollout.response_mask[row]
             scores = {name: float(every[place]) for name, every in judged.scores.items()}
-            kl = float(rollout.kl[row])
+            kl, tokens = float(rollout.kl[row]), rollout.sequences.responses[row][mask].cpu().numpy()
             samples.append(
                 Sample(
                     step=step, row=place, prompt=plain_text(rollout.prompts.texts[row]), response=rollout.texts[row],
                     score=scores["score"], reward_total=scores["score"] - beta * kl, kl=kl,
-                    tokens=rollout.sequences.responses[row][mask].cpu().numpy(),
+                    tokens=tokens,
                     logprobs=np.asarray(rollout.logprobs[row][mask].cpu()),
                     ref_logprobs=np.asarray(rollout.ref_logprobs[row][mask].cpu()),
-                    split="probe", columns=scores,
+                    split="probe", pieces=pieces(tokens.tolist()), columns=scores,
                 )
             )  # fmt: skip
     return samples
@@ -120,14 +149,24 @@ class Keeper:
     """Judges of every update's responses beside the reward, by name."""
     keep_samples: int
     watch: Watch = field(default_factory=Watch)
+    pieces: Pieces = _no_pieces
+    helm: Helm | None = None
+    """Who steers the run, and how many samples are kept of it."""
+    digest: str = ""
+    """The hash chain so far."""
 
     def __call__(self, record: Record) -> None:
         alarms, over = self.watch.after(record)
         extra = judge_scores(self.judges, record.rollout) | {"memory/peak_bytes": peak_memory_bytes()}
         metrics = record.metrics | extra | {"seconds/checks": self.watch.seconds}
+        self.digest = link(self.digest, record)
+        count = self.keep_samples if self.helm is None else self.helm.rudder.settings.keep_samples
         with self.store.update(record.step) as entry:
             entry.metrics(metrics)
-            for sample in samples_of(record, self.keep_samples):
+            entry.link(self.digest)
+            if self.helm is not None:
+                self.helm.write(entry)
+            for sample in samples_of(record, count, self.pieces):
                 entry.sample(sample)
             for alarm in alarms:
                 entry.event(alarm.reason, alarm.payload(), alarm.severity)
@@ -148,6 +187,8 @@ class Saver:
     store: RunStore
     watch: object = None
     """What looks at the run; its state is saved where it has one."""
+    rudder: object = None
+    """The knobs as steered, likewise."""
 
     def is_due(self) -> bool:
         """Whether a checkpoint belongs here."""
@@ -158,7 +199,7 @@ class Saver:
         """Rows first, then the state that goes on behind them. Raises RunError where the disk is full."""
         self.store.flush(self.run.step)
         snapshot = self.run.snapshot()
-        states = {**snapshot.states, **states_of(watch=self.watch)}
+        states = {**snapshot.states, **states_of(watch=self.watch, rudder=self.rudder)}
         self.checkpoints.save(replace(snapshot, states=states), self.identity, self._worth())
 
     def answer(self, on_alarm: OnAlarm) -> None:

@@ -23,10 +23,11 @@ from tether.database import Schema, to_json
 from tether.errors import InputError
 from tether.metrics import check_known
 
+CHAIN = "CREATE TABLE IF NOT EXISTS chain (step INTEGER PRIMARY KEY, digest TEXT NOT NULL)"
 RUN = Schema(
     application=0x74657468,
     version=1,
-    tables="""
+    tables=f"""
     CREATE TABLE meta (key TEXT PRIMARY KEY, json TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE step (step INTEGER PRIMARY KEY, wall REAL NOT NULL);
     CREATE TABLE names (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
@@ -47,6 +48,7 @@ RUN = Schema(
         id INTEGER PRIMARY KEY AUTOINCREMENT, command_id INTEGER NOT NULL UNIQUE, step INTEGER NOT NULL,
         outcome TEXT NOT NULL, payload TEXT NOT NULL
     );
+    {CHAIN};
     """,
 )
 """One curve is one range scan of `metric`; a value that was not finite is NULL. Arrays are little-endian blobs."""
@@ -56,6 +58,7 @@ SAMPLE_COLUMNS = (
     'tokens, logprobs, ref_logprobs, "values", advantages, pieces, columns'
 )
 INSERT_EVENT = "INSERT INTO event (step, wall, kind, severity, payload) VALUES (?, ?, ?, ?, ?)"
+INSERT_APPLIED = "INSERT INTO applied (command_id, step, outcome, payload) VALUES (?, ?, ?, ?)"
 TOKEN, NUMBER = np.dtype("<i4"), np.dtype("<f4")
 
 Severity = Literal["info", "warning", "alarm"]
@@ -175,6 +178,7 @@ class Update:
         self._samples: list[Sample] = []
         self._events: list[tuple[str, str, str]] = []
         self._applied: list[tuple[int, str, str]] = []
+        self._link: str | None = None
 
     @property
     def numbers(self) -> Mapping[str, float]:
@@ -215,6 +219,10 @@ class Update:
         """Note what became of a command from `control.db`."""
         self._applied.append((command_id, outcome, to_json(payload or {})))
 
+    def link(self, digest: str) -> None:
+        """Note the hash chain's digest at the end of this update."""
+        self._link = digest
+
     def write(self, connection: sqlite3.Connection, wall: float) -> None:
         """Write everything gathered, inside the caller's transaction."""
         connection.execute("INSERT OR IGNORE INTO step VALUES (?, ?)", (self.step, wall))
@@ -229,9 +237,11 @@ class Update:
         )
         connection.executemany(INSERT_EVENT, [(self.step, wall, *event) for event in self._events])
         connection.executemany(
-            "INSERT INTO applied (command_id, step, outcome, payload) VALUES (?, ?, ?, ?)",
+            INSERT_APPLIED,
             [(command, self.step, outcome, payload) for command, outcome, payload in self._applied],
         )
+        if self._link is not None:
+            connection.execute("INSERT INTO chain VALUES (?, ?)", (self.step, self._link))
 
 
 def null_unless_finite(number: float) -> float | None:

@@ -75,7 +75,8 @@ def fork_run(parent: Path, step: int | None, root: Path, name: str, settings: Ru
     before = recorded_settings(start.identity.settings)
     snapshot = start.snapshot()
     if settings.ppo.reward != before.ppo.reward:
-        snapshot = replace(snapshot, beta=plain(controller(settings.ppo.reward)))
+        states = {name: state for name, state in snapshot.states.items() if name != "rudder"}
+        snapshot = replace(snapshot, beta=plain(controller(settings.ppo.reward)), states=states)
     kept = {key: start.identity.digests[key] for key in ("reference", "tokenizer")}
     with RunStore.open(parent) as store:
         source = store.meta().get("source")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,18 +19,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from tether import __version__
+from tether.alarms import PLANTED
 from tether.batch import Reward
 from tether.checkpoint import Checkpoint, Checkpoints, Identity
 from tether.config import RunSettings
-from tether.errors import AlarmError, ConfigError, RunError
+from tether.control import Control
+from tether.errors import AlarmError, ConfigError, RunError, StopError
 from tether.evaluation import Judged, evaluate, summarise
+from tether.helm import Helm, Rudder, keep_ahead
 from tether.identity import identify, require_same_digests
 from tether.loading import Source, layer_count
 from tether.models import LanguagePolicy, load_policy
 from tether.prompts import PromptSet, PromptSource, fit
 from tether.recomputation import recompute_layers
-from tether.recording import Keeper, Saver, Screen, probes
-from tether.records import Status
+from tether.recording import Keeper, Saver, Screen, pieces_of, probes
+from tether.records import Applied, Status
 from tether.runtime.interrupt import Interrupt
 from tether.runtime.memory import keep_freed_memory
 from tether.snapshot import restore_states
@@ -174,14 +177,24 @@ class Session:
         identity = self._identify(prompts)
         title = f"{self.store.name} · β = {knobs.reward.beta:g}"
         start = 0 if self.start is None else self.start.step
-        with Interrupt(STOPPING) as interrupt, Screen(self.console, knobs.steps, title, start) as screen:
+        with (
+            Interrupt(STOPPING) as interrupt,
+            Screen(self.console, knobs.steps, title, start) as screen,
+            Control.open(self.store.path) as control,
+        ):
             watch = Watch(self.settings.checks.on_alarm, self.settings.checks.same_start)
-            keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples, watch)
+            rudder = Rudder(self.settings)
+            keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples, watch, self._pieces)
             run = Run(self.policy, judges.reward, prompts, knobs, keeper, watch.before)
-            self._take_up(run, heldout, watch)
-            saver = Saver(run, self.checkpoints, identity, self.store, watch)
+            ahead = self._take_up(run, heldout, watch, rudder)
+            saver = Saver(run, self.checkpoints, identity, self.store, watch, rudder)
+            keeper.digest = self.store.chain().get(run.step - 1, "")
+            helm = keeper.helm = Helm(
+                run, self.store, rudder, saver.save, lambda: interrupt.wanted, self._say,
+                control, ahead=ahead,
+            )  # fmt: skip
             try:
-                train(run, self._between(saver, heldout, interrupt))
+                train(run, self._between(saver, heldout, interrupt, helm))
             except AlarmError:
                 saver.answer(watch.on_alarm)
                 raise
@@ -194,25 +207,39 @@ class Session:
         recorded |= known if isinstance(known, dict) else {}
         require_same_digests(recorded, identity.digests, elsewhere(self.store.path))
         self.store.put("digests", dict(identity.digests))
+        self.store.put("made_by", dict(identity.made_by))
         return identity
 
-    def _take_up(self, run: Run, heldout: PromptSource, watch: object) -> None:
-        """Go on from the checkpoint; what `run.db` holds of later updates is dropped, to be made again."""
+    def _pieces(self, tokens: Sequence[int]) -> tuple[str, ...]:
+        return pieces_of(self.policy.tokenizer, tokens)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def _take_up(self, run: Run, heldout: PromptSource, watch: object, rudder: Rudder) -> dict[int, list[Applied]]:
+        """Go on from the checkpoint; what `run.db` holds of later updates is dropped, to be made again, but for what
+        became of commands in them, which is returned.
+        """
         if self.start is not None:
             if self.start.step:
                 self.reference = self._judge(heldout)  # the weights are still the reference's own
+            restore_states(self.start.states, watch=watch, rudder=rudder)
+            rudder.put_into(run)
             run.restore(self.start.snapshot())
-            restore_states(self.start.states, watch=watch)
             self.checkpoints.point_at(run.step)
+        ahead = keep_ahead(self.store, run.step)
         self.store.truncate_after(run.step - 1)
+        return ahead
 
-    def _between(self, saver: Saver, heldout: PromptSource, interrupt: Interrupt) -> Callable[[int], None]:
+    def _between(self, saver: Saver, heldout: PromptSource, interrupt: Interrupt, helm: Helm) -> Callable[[int], None]:
         def between(step: int) -> None:
             if saver.is_due() or interrupt.wanted:
                 saver.save()
             if interrupt.wanted:
                 raise KeyboardInterrupt
-            self._evaluate(step, heldout)
+            self._evaluate(step, heldout, helm)
+            if step < saver.run.settings.steps:
+                helm.before()
 
         return between
 
@@ -220,15 +247,15 @@ class Session:
         knobs = self.settings.ppo
         return evaluate(self.policy, heldout, self.task.judges.all, knobs.sampling, knobs.seed)
 
-    def _evaluate(self, step: int, heldout: PromptSource) -> None:
-        if step % self.settings.evaluation.every and step != self.settings.ppo.steps:
+    def _evaluate(self, step: int, heldout: PromptSource, helm: Helm) -> None:
+        if step % helm.rudder.settings.evaluation.every and step != self.settings.ppo.steps:
             return
         self.store.heartbeat(step, "evaluating")
         judged = self._judge(heldout)
         self.reference = self.reference or judged
         with self.store.update(step) as entry:
             entry.metrics(summarise(judged, self.reference))
-            for probe in probes(judged, step, self.settings.ppo.reward.beta):
+            for probe in probes(judged, step, helm.run.beta.value, self._pieces):
                 entry.sample(probe)
 
 
@@ -246,6 +273,7 @@ def train_run(
     policy = open_policy(task.model, settings, task.tokenizer)
     with RunStore.create(root, name, settings.dump()) as store:
         store.put("sigma", 1.0)
+        store.put("planted", PLANTED.get())
         store.put("source", None if isinstance(task.model, PreTrainedModel) else str(task.model))
         return see_through(Session(task, settings, policy, store, console), way_on)
 
@@ -259,7 +287,7 @@ def see_through(session: Session, way_on: str | None) -> Path:
             store.told = trackers.log
             session.train()
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | AlarmError)
+        stopped = isinstance(error, KeyboardInterrupt | AlarmError | StopError)
         told = "stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         _leave_word(store, told, "stopped" if stopped else "failed")
         saved = session.checkpoints.latest()

@@ -33,6 +33,8 @@ from tether.database import Database, complaints, hold, to_json
 from tether.errors import InputError, RunError
 from tether.metrics import CATALOGUE, check_known
 from tether.records import (
+    CHAIN,
+    INSERT_APPLIED,
     INSERT_EVENT,
     RUN,
     SAMPLE_COLUMNS,
@@ -45,6 +47,7 @@ from tether.records import (
     Split,
     Status,
     Update,
+    Verdict,
     nan_if_null,
 )
 
@@ -120,7 +123,12 @@ class RunStore:
         if lock is None:
             raise RunError(f"{path} is being written{_standing(path)}; stop that process, or open the run for reading")
         try:
-            return RunStore(path, Database.open(path / RUN_FILE, RUN, readonly=False), lock, clock)
+            if not (path / CONTROL_FILE).is_file():
+                Database.create(path / CONTROL_FILE, CONTROL).close()
+            database = Database.open(path / RUN_FILE, RUN, readonly=False)
+            with database.transaction() as connection:
+                connection.execute(CHAIN)  # runs of earlier versions lack it
+            return RunStore(path, database, lock, clock)
         except BaseException:
             lock.close()
             raise
@@ -181,6 +189,11 @@ class RunStore:
         with self._database.transaction() as connection:
             connection.execute(INSERT_EVENT, (step, self._clock(), kind, severity, to_json(payload or {})))
 
+    def rule(self, command_id: int, step: int, payload: Mapping[str, object], outcome: Verdict) -> None:
+        """Note what became of a command that changes no update: it was refused, or it paused or saved the run."""
+        with self._database.transaction() as connection:
+            connection.execute(INSERT_APPLIED, (command_id, step, outcome, to_json(payload)))
+
     def put(self, key: str, value: object) -> None:
         """Keep a fact of the whole run (digests, manifests) under `meta()[key]`; it replaces the one before."""
         with self._database.transaction() as connection:
@@ -191,7 +204,7 @@ class RunStore:
         with self._database.transaction() as connection:
             dropped = {
                 table: connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,)).rowcount
-                for table in ("step", "metric", "sample", "event", "applied")
+                for table in ("step", "metric", "sample", "event", "applied", "chain")
             }
             if any(dropped.values()):
                 payload = to_json({"after": step, "dropped": dropped})
@@ -261,6 +274,12 @@ class RunStore:
             Event(id, step, wall, kind, severity, json.loads(payload))
             for id, step, wall, kind, severity, payload in rows
         ]
+
+    def chain(self) -> dict[int, str]:
+        """The hash chain: for each update a digest of all that was computed up to its end."""
+        if not self._database.rows("SELECT 1 FROM sqlite_schema WHERE name = 'chain'"):
+            return {}
+        return dict(self._database.rows("SELECT step, digest FROM chain ORDER BY step"))
 
     def applied(self, after: int = 0) -> list[Applied]:
         """What became of the commands with an id above `after`, in the order in which they were dealt with."""
