@@ -139,7 +139,7 @@ def test_the_value_head_is_zero_at_first_and_computes_in_float32() -> None:
     head, (hidden, _) = ValueHead(DIM), inputs(torch.bfloat16)
     values = head(hidden)
     assert values.dtype == torch.float32
-    assert values.shape == (TOKENS,)
+    assert values.shape == (TOKENS, 1)
     assert not values.any()
     head.linear.weight.data.fill_(1.0)
-    assert_close(head(hidden).detach(), hidden.float().sum(dim=1), ROUND_OFF)
+    assert_close(head(hidden).detach()[:, 0], hidden.float().sum(dim=1), ROUND_OFF)

@@ -6,6 +6,7 @@ whitening, advantages are whitened once over the batch's real tokens. It knows n
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,26 +18,43 @@ from tether.numerics import explained_variance, gae, masked_mean, masked_whiten
 def estimate(rewards: Rewards, rollout: Rollout, settings: AdvantageSettings) -> Experience:
     """GAE over the response's real tokens: A_t = δ_t + γλA_{t+1}, δ_t = R_t + γV_{t+1} − V_t, G_t = A_t + V_t.
 
+    With two critics V = V_r − β·V_KL. GAE is linear in rewards and values, so A = A_r − β·A_KL whatever β was when the
+    critics learned: a β that moves leaves no stale baseline. Each critic has returns of its own.
+
     Shapes [batch, response], unit of the score. Raises what `numerics.gae` and `numerics.masked_whiten` raise.
     """
-    mask = rollout.response_mask
-    advantages, returns = gae(rewards.rewards, rollout.values, mask, settings.gamma, settings.lam)
+    mask, beta, values = rollout.response_mask, rewards.beta, rollout.values_at(rewards.beta)
+    advantages, returns = gae(rewards.rewards, values, mask, settings.gamma, settings.lam)
+    kl_returns = _kl_returns(rollout, settings)
     metrics = {
         "advantage/mean": float(masked_mean(advantages, mask)),
         "advantage/std": _spread(advantages, rollout),
         "returns/mean": float(masked_mean(returns, mask)),
         "returns/std": _spread(returns, rollout),
-        "value/mean": float(masked_mean(rollout.values, mask)),
-        "value/explained_variance": float(explained_variance(rollout.values, returns, mask)),
+        "value/mean": float(masked_mean(values, mask)),
+        "value/explained_variance": float(explained_variance(values, returns, mask)),
     }
+    if kl_returns is not None and rollout.kl_values is not None:
+        metrics["value/kl_explained_variance"] = float(explained_variance(rollout.kl_values, kl_returns, mask))
     return Experience(
         sequences=rollout.sequences,
         old_logprobs=rollout.logprobs,
         old_values=rollout.values,
         advantages=masked_whiten(advantages, mask) if settings.whiten else advantages,
-        returns=returns,
+        returns=returns if kl_returns is None else returns + beta * kl_returns,
         metrics=metrics,
+        old_kl_values=rollout.kl_values,
+        kl_returns=kl_returns,
     )
+
+
+def _kl_returns(rollout: Rollout, settings: AdvantageSettings) -> Float[Tensor, "batch response"] | None:
+    """G_KL,t: what V_KL should have been, nats; None with one critic."""
+    if rollout.kl_values is None:
+        return None
+    mask = rollout.response_mask
+    spent = torch.where(mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
+    return gae(spent, rollout.kl_values, mask, settings.gamma, settings.lam)[1]
 
 
 def _spread(x: Float[Tensor, "batch response"], rollout: Rollout) -> float:

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from tether.errors import InputError
 
+KL_UNIT = 0.05
+"""Score per nat, a usual β: a value of the KL is learned in this unit, so that it is of the score's order."""
 Message: TypeAlias = Mapping[str, str]
 """One turn of a conversation: `role` and `content`."""
 Prompt: TypeAlias = str | Sequence[Message]
@@ -181,9 +183,11 @@ class Evaluation:
     logprobs: Float[Tensor, "batch response"]
     """log π(y_t|s_t) at the policy's temperature, nats per token."""
     values: Float[Tensor, "batch response"]
-    """V(s_t), the expected return before y_t is emitted, in the score's unit."""
+    """V(s_t), the expected return before y_t is emitted, in the score's unit; with two critics V_r(s_t), without KL."""
     entropy: Float[Tensor, "batch response"]
     """H(π(·|s_t)), nats per token; detached."""
+    kl_values: Float[Tensor, "batch response"] | None = None
+    """V_KL(s_t), the KL still to be spent from y_t on, nats; None where one critic values score and KL together."""
 
 
 @dataclass(frozen=True)
@@ -240,9 +244,15 @@ class Rollout:
     full_kl: Float[Tensor, "batch response"]
     finished: Bool[Tensor, "batch"]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    kl_values: Float[Tensor, "batch response"] | None = None
+    """As in `Evaluation`."""
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def values_at(self, beta: float) -> Float[Tensor, "batch response"]:
+        """V(s_t) on a string of this β: V_r − β·V_KL, or the one critic's own V."""
+        return self.values if self.kl_values is None else self.values - beta * self.kl_values
 
     @property
     def response_mask(self) -> Bool[Tensor, "batch response"]:
@@ -316,10 +326,18 @@ class Experience:
     old_values: Float[Tensor, "batch response"]
     advantages: Float[Tensor, "batch response"]
     returns: Float[Tensor, "batch response"]
+    """What `old_values` should have been: G_t, or with two critics G_r,t, without KL."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    old_kl_values: Float[Tensor, "batch response"] | None = None
+    kl_returns: Float[Tensor, "batch response"] | None = None
+    """What `old_kl_values` should have been, nats."""
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+    def returns_at(self, beta: float) -> Float[Tensor, "batch response"]:
+        """G_t on a string of this β: G_r − β·G_KL, or the one critic's own G."""
+        return self.returns if self.kl_returns is None else self.returns - beta * self.kl_returns
 
     def rows(self, index: Int[Tensor, "rows"]) -> Experience:
         """The rows named, trimmed to the longest of them."""
@@ -331,6 +349,8 @@ class Experience:
             self.old_values[index, :width],
             self.advantages[index, :width],
             self.returns[index, :width],
+            old_kl_values=None if self.old_kl_values is None else self.old_kl_values[index, :width],
+            kl_returns=None if self.kl_returns is None else self.kl_returns[index, :width],
         )
 
 

@@ -180,7 +180,7 @@ def expected_scores(moment: Moment) -> Float[Tensor, "batch"]:
     """The scores after the settings' rule for responses that were cut, float64."""
     rule, rollout = moment.settings.reward, moment.rollout
     scores = moment.scores.scores.double()
-    last_value = (_clear(rollout, rollout.values.double()) * _last(rollout)).sum(dim=1)
+    last_value = (_clear(rollout, rollout.values_at(moment.beta).double()) * _last(rollout)).sum(dim=1)
     cut = {
         "replace": torch.full_like(scores, rule.missing_eos_score), "subtract": scores - abs(rule.missing_eos_score),
         "zero": torch.zeros_like(scores), "bootstrap": last_value, "keep": scores,
@@ -235,7 +235,8 @@ def _alike(a: Float[Tensor, "tokens"], b: Float[Tensor, "tokens"]) -> float:
 
 def check_whitening(moment: Moment) -> Iterator[Alarm]:
     """Whitened advantages have masked mean 0 and masked standard deviation 1."""
-    unwhitened = _real(moment.rollout, moment.experience.returns.double() - moment.rollout.values.double())
+    surprise = moment.experience.returns_at(moment.beta) - moment.rollout.values_at(moment.beta)
+    unwhitened = _real(moment.rollout, surprise.double())
     scale = float(unwhitened.std(correction=0))
     if not moment.settings.advantage.whiten or scale <= 1e-3 * (1e-4 + float(unwhitened.abs().max())):
         return
@@ -257,7 +258,7 @@ def check_credit(moment: Moment) -> Iterator[Alarm]:
         length = int(rollout.sequences.response_lengths[row])
         rewards, values, returns = (
             tensor[row, :length].double().tolist()
-            for tensor in (moment.rewards.rewards, rollout.values, experience.returns)
+            for tensor in (moment.rewards.rewards, rollout.values_at(moment.beta), experience.returns_at(moment.beta))
         )
         advantage, later = 0.0, 0.0
         for t in reversed(range(length)):
@@ -274,7 +275,7 @@ def check_credit(moment: Moment) -> Iterator[Alarm]:
 def _policy_credit_error(moment: Moment) -> float:
     """How far the advantages are from the returns minus the values, whitened where the settings say so."""
     rollout, experience = moment.rollout, moment.experience
-    wanted = experience.returns.double() - rollout.values.double()
+    wanted = experience.returns_at(moment.beta).double() - rollout.values_at(moment.beta).double()
     if moment.settings.advantage.whiten:
         if float(_real(rollout, wanted).std(correction=0)) < 1e-3:
             return 0.0  # round-off of the returns is as large as what is whitened

@@ -206,6 +206,9 @@ class ModelSettings(Settings):
     top_layers: int | None = knob(
         None, "k of mode `top`; null = 6, or all layers of a smaller model", usual="2 to half of the layers", ge=1
     )
+    critic: Literal["single", "split"] = knob(
+        "single", "One value of score and KL together, or one of each: then a β that moves leaves no stale baseline"
+    )
     lora_rank: int = knob(16, "Rank of mode `lora`", usual="8 to 64", used="TRL's scripts 16", ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = knob(
         "auto", "Precision of the matrices", used="GPU recipes bfloat16"
@@ -351,6 +354,16 @@ class RunSettings(Settings):
     def with_beta(self, beta: float) -> RunSettings:
         """The same run on another string, all other knobs and seeds equal."""
         reward = self.ppo.reward.model_copy(update={"beta": beta})
+    @model_validator(mode="after")
+    def _linear(self) -> RunSettings:
+        if self.model.critic == "split" and self.ppo.reward.whiten:
+            raise contradiction(
+                ["model.critic", "ppo.reward.whiten"],
+                "critic is split and rewards are whitened, which mixes score and KL again; wanted one of the two: "
+                "critic: single, or whiten: false",
+            )
+        return self
+
         return self.model_copy(update={"ppo": self.ppo.model_copy(update={"reward": reward})})
 
     def with_seed(self, seed: int) -> RunSettings:

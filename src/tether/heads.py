@@ -106,17 +106,20 @@ def reference_logprobs(
 
 
 class ValueHead(nn.Module):
-    """V(s_t) = w·h_t + b in float32, from the final hidden state before y_t is emitted. Starts at V ≡ 0."""
+    """V(s_t) = w·h_t + b in float32, from the final hidden state before y_t is emitted. Starts at V ≡ 0.
 
-    def __init__(self, dim: int) -> None:
+    One output, or one for each of two critics.
+    """
+
+    def __init__(self, dim: int, outputs: int = 1) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, 1, dtype=torch.float32)
+        self.linear = nn.Linear(dim, outputs, dtype=torch.float32)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens"]:
+    def forward(self, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens outputs"]:
         values: Tensor = self.linear(hidden.float())
-        return values.squeeze(-1)
+        return values
 
 
 class _SelectedLogprobs(torch.autograd.Function):

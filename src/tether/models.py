@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.batch import Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences
+from tether.batch import KL_UNIT, Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences
 from tether.decode import Sampler
 from tether.errors import InputError, ModelError
 from tether.feeding import Recorder, understands_cache
@@ -57,6 +57,7 @@ def load_policy(
     dtype: Precision = "auto",
     value: Literal["head", "model"] = "head",
     value_source: Source | None = None,
+    critic: Literal["single", "split"] = "single",
     reference: Source | None = None,
     peft_config: object | None = None,
     device: str | torch.device | None = None,
@@ -68,6 +69,7 @@ def load_policy(
     `value`: "head" is a linear layer on the policy's final states, at 0 or read from the folder `value_source`;
     "model" is a model of its own that starts at `value_source` (a causal LM, or a reward model with its score; by
     default the policy's source).
+    `critic`: "single" is one value of score and KL together, "split" one of the score and one of the KL.
     `reference`: where π_ref is not `source` itself, at the cost of one more model in memory.
     `peft_config`: the adapters of mode `lora`; by default LoRA of `lora_rank` on all linear layers but the head.
 
@@ -79,7 +81,7 @@ def load_policy(
     other = None if reference is None else _load_reference(reference, dtype, model, place)
     if mode not in ("full", "lora", "top"):
         raise ModelError(f"mode is {mode!r}; wanted 'full', 'lora' or 'top'")
-    baseline = _value_function(value, value_source, source, model, place)
+    baseline = _value_function(value, value_source, source, model, place, _outputs(critic))
     return LanguagePolicy(_build_mode(mode, model, other, top_layers, lora_rank, peft_config), baseline, words)
 
 
@@ -149,8 +151,10 @@ class LanguagePolicy:
             self._last.keep(sequences, self._trained, hidden)
         tokens = sequences.responses[sequences.response_mask].to(hidden.device)
         logprobs, entropy = selected_logprobs(self.mode.head, hidden, tokens, temperature)
-        values = self.value(sequences, hidden, self._response_hidden)
-        return Evaluation(*(lay_out(flat, sequences.response_mask) for flat in (logprobs, values, entropy)))
+        values, *others = self.value(sequences, hidden, self._response_hidden).unbind(dim=1)
+        kl_values = lay_out(others[0] / KL_UNIT, sequences.response_mask) if others else None
+        flat = (lay_out(each, sequences.response_mask) for each in (logprobs, values, entropy))
+        return Evaluation(*flat, kl_values)
 
     @torch.no_grad()
     def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
@@ -227,11 +231,14 @@ def shares_storage(policy: LanguagePolicy) -> bool:
 
 
 class ValueFunction(nn.Module):
-    """V(s_t): a linear head on the policy's final states, or on those of a backbone of its own."""
+    """V(s_t): a linear head on the policy's final states, or on those of a backbone of its own.
 
-    def __init__(self, dim: int, backbone: PreTrainedModel | None = None) -> None:
+    With two outputs V_r, and V_KL in units of 1/KL_UNIT nats.
+    """
+
+    def __init__(self, dim: int, backbone: PreTrainedModel | None = None, outputs: int = 1) -> None:
         super().__init__()
-        self.head = ValueHead(dim)
+        self.head = ValueHead(dim, outputs)
         self.backbone = backbone
 
     def forward(
@@ -239,8 +246,8 @@ class ValueFunction(nn.Module):
         sequences: Sequences,
         hidden: Float[Tensor, "tokens dim"],
         gather: Callable[[Sequences, Callable[[Sequences], Tensor]], Tensor],
-    ) -> Float[Tensor, "tokens"]:
-        """One value a response token; `hidden` are the policy's states, `gather` takes those of another backbone."""
+    ) -> Float[Tensor, "tokens outputs"]:
+        """Each critic's value of each token; `hidden` are the policy's states, `gather` takes another backbone's."""
         backbone = self.backbone
         if backbone is not None:
             hidden = gather(sequences, lambda part: run_backbone(backbone, part.ids.to(hidden.device)))
@@ -282,29 +289,47 @@ def _load_reference(source: Source, dtype: Precision, model: PreTrainedModel, de
     return reference
 
 
-def _read_value_head(folder: Source) -> dict[str, Tensor]:
+def _outputs(critic: str) -> int:
+    if critic not in ("single", "split"):
+        raise ModelError(f"critic is {critic!r}; wanted 'single' or 'split'")
+    return 2 if critic == "split" else 1
+
+
+def _read_value_head(folder: Source, head: nn.Linear) -> dict[str, Tensor]:
     file = Path(str(folder)) / VALUE_HEAD_FILE
     if isinstance(folder, PreTrainedModel) or not file.is_file():
         raise ModelError(
             f"value_source has no {VALUE_HEAD_FILE}; wanted a folder that save_pretrained of a policy wrote "
             "(or value='model' for a value model of its own)"
         )
-    return dict(load_file(file))
+    weights = dict(load_file(file))
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    if shapes != wanted:
+        raise ModelError(
+            f"{file} holds {shapes}; wanted {wanted}: the head of a model of the same width, with the same critic"
+        )
+    return weights
 
 
 def _value_function(
-    kind: str, value_source: Source | None, source: Source, model: PreTrainedModel, device: torch.device
+    kind: str,
+    value_source: Source | None,
+    source: Source,
+    model: PreTrainedModel,
+    device: torch.device,
+    outputs: int,
 ) -> ValueFunction:
     if kind not in ("head", "model"):
         raise ModelError(f"value is {kind!r}; wanted 'head' or 'model'")
     if kind == "head":
-        value = ValueFunction(model.get_output_embeddings().in_features)
+        value = ValueFunction(model.get_output_embeddings().in_features, outputs=outputs)
         if value_source is not None:
-            value.head.linear.load_state_dict(_read_value_head(value_source))
+            value.head.linear.load_state_dict(_read_value_head(value_source, value.head.linear))
         return value.to(device)
     backbone, score = load_backbone(source if value_source is None else value_source, model.dtype, device)
     backbone.requires_grad_(True)
-    value = ValueFunction(backbone.config.get_text_config().hidden_size, backbone)
+    value = ValueFunction(backbone.config.get_text_config().hidden_size, backbone, outputs)
     if score is not None:
-        value.head.linear.weight.data.copy_(score)
+        value.head.linear.weight.data[:1] = score  # of the KL it knows nothing: that critic starts at 0
     return value.to(device)

@@ -86,7 +86,7 @@ def samples_of(record: Record, count: int, pieces: Pieces = _no_pieces) -> list[
 def _sample(record: Record, row: int, pieces: Pieces) -> Sample:
     rollout, mask = record.rollout, record.rollout.response_mask[row]
     arrays = (
-        rollout.sequences.responses, rollout.logprobs, rollout.ref_logprobs, rollout.values,
+        rollout.sequences.responses, rollout.logprobs, rollout.ref_logprobs, rollout.values_at(record.rewards.beta),
         record.experience.advantages,
     )  # fmt: skip
     tokens, logprobs, ref_logprobs, values, advantages = (array[row][mask].cpu().numpy() for array in arrays)

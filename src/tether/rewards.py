@@ -38,7 +38,7 @@ def tether(scores: Scores, rollout: Rollout, beta: float, settings: RewardSettin
     Raises what `numerics.tethered_rewards` raises: shapes, non-finite scores, a negative β.
     """
     mask = rollout.response_mask
-    adjusted = _score_unfinished(scores.scores, rollout, settings)
+    adjusted = _score_unfinished(scores.scores, rollout, beta, settings)
     tokens = _token_rewards(scores, mask)
     rewards = tokens + tethered_rewards(
         adjusted, rollout.logprobs, rollout.ref_logprobs, mask, beta, allow_negative_beta=settings.allow_negative_beta
@@ -70,7 +70,7 @@ def _token_rewards(scores: Scores, mask: Bool[Tensor, "batch response"]) -> Floa
 
 
 def _score_unfinished(
-    scores: Float[Tensor, "batch"], rollout: Rollout, settings: RewardSettings
+    scores: Float[Tensor, "batch"], rollout: Rollout, beta: float, settings: RewardSettings
 ) -> Float[Tensor, "batch"]:
     """The scores after the rule for responses cut before EOS.
 
@@ -81,15 +81,15 @@ def _score_unfinished(
         "replace": lambda: torch.full_like(scores, settings.missing_eos_score),
         "subtract": lambda: scores - abs(settings.missing_eos_score),
         "zero": lambda: torch.zeros_like(scores),
-        "bootstrap": lambda: _last_value(rollout).to(scores),
+        "bootstrap": lambda: _last_value(rollout, beta).to(scores),
         "keep": lambda: scores,
     }
     return torch.where(rollout.finished, scores, rules[settings.missing_eos]())
 
 
-def _last_value(rollout: Rollout) -> Float[Tensor, "batch"]:
+def _last_value(rollout: Rollout, beta: float) -> Float[Tensor, "batch"]:
     last = rollout.sequences.response_lengths - 1
-    return rollout.values.gather(1, last[:, None]).squeeze(1)
+    return rollout.values_at(beta).gather(1, last[:, None]).squeeze(1)
 
 
 @runtime_checkable

@@ -48,6 +48,7 @@ def sample(
         full_kl=reference.full_kl,
         finished=generation.finished,
         metrics=seconds | _measure(generation, evaluation, reference),
+        kl_values=evaluation.kl_values,
     )
 
 

@@ -103,6 +103,7 @@ def open_policy(
         top_layers=model.top_layers or min(TOP_LAYERS, layer_count(source)),
         lora_rank=model.lora_rank,
         dtype=model.dtype,
+        critic=model.critic,
     )
     if model.gradient_checkpointing:
         recompute_layers(policy.mode.model)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tether.batch import Experience, Outcome, Policy
+from tether.batch import KL_UNIT, Evaluation, Experience, Outcome, Policy
 from tether.config import UpdateSettings
 from tether.errors import NonFiniteError
 from tether.numerics import clipped_policy_loss, clipped_value_loss, kl_k3
@@ -106,9 +106,7 @@ def _accumulate(
         policy_loss = clipped_policy_loss(
             evaluation.logprobs, piece.old_logprobs, piece.advantages, mask, clip, denominator=denominator
         )
-        value_loss = clipped_value_loss(
-            evaluation.values, piece.old_values, piece.returns, mask, value_clip, denominator=denominator
-        )
+        value_loss = _value_loss(evaluation, piece, value_clip, denominator)
         for name, loss in (("policy loss", policy_loss), ("value loss", value_loss)):
             if not bool(torch.isfinite(loss)):
                 return name
@@ -119,6 +117,20 @@ def _accumulate(
         _tally_losses(tally, policy_loss.item() * denominator, value_loss.item() * denominator, settings.value_coef)
         tally.positions += piece.sequences.ids.numel()
     return None
+
+
+def _value_loss(
+    evaluation: Evaluation, piece: Experience, clip_range: float | None, denominator: float
+) -> Float[Tensor, ""]:
+    """L^V, of both critics where there are two: that of the KL in units of 1/KL_UNIT nats, like the score's."""
+    mask = piece.sequences.response_mask
+    loss = clipped_value_loss(
+        evaluation.values, piece.old_values, piece.returns, mask, clip_range, denominator=denominator
+    )
+    if evaluation.kl_values is None or piece.old_kl_values is None or piece.kl_returns is None:
+        return loss
+    scaled = (KL_UNIT * nats for nats in (evaluation.kl_values, piece.old_kl_values, piece.kl_returns))
+    return loss + clipped_value_loss(*scaled, mask, clip_range, denominator=denominator)
 
 
 def _observe(tally: _Tally, piece: Experience, logprobs: Tensor, values: Tensor, settings: UpdateSettings) -> None:
