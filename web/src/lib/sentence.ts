@@ -1,0 +1,13 @@
+/// How a run stands, in one sentence, for the live region and for the eye.
+
+import { short, signed } from './format'
+import type { RunView } from './run.svelte'
+
+export function sentence(run: RunView): string {
+  const beta = run.beta
+  const string = beta <= 0 ? 'there is no string' : `the string costs ${short(beta * run.kl, 2)}`
+  return (
+    `Update ${run.row?.updates ?? 0}: the score has gained ${signed(run.gain())}, the drift is ${short(run.kl)} nats, ` +
+    `${string}. ${run.word ? `Verdict: ${run.word.toLowerCase()}.` : ''}`
+  )
+}
