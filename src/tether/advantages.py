@@ -34,7 +34,7 @@ def estimate(rewards: Rewards, rollout: Rollout, settings: AdvantageSettings) ->
         "value/mean": float(masked_mean(values, mask)),
         "value/explained_variance": float(explained_variance(values, returns, mask)),
     }
-    if kl_returns is not None and rollout.kl_values is not None:
+    if kl_returns is not None and rollout.kl_values is not None and bool(rollout.kl.any()):  # before any KL: 0/0
         metrics["value/kl_explained_variance"] = float(explained_variance(rollout.kl_values, kl_returns, mask))
     return Experience(
         sequences=rollout.sequences,
