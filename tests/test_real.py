@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from tether.errors import InputError
+from tether.places import cache_folder
 from tether.worlds import real
-from tether.worlds.real import cache_folder, instructions, smollm2_135m_instruct
+from tether.worlds.real import instructions, smollm2_135m_instruct
 from tether.worlds.real_gold import GoldTerms, gold_score, gold_terms, proxy_vader
 from tolerances import ROUND_OFF
 

@@ -112,7 +112,7 @@ def _number(path: Path) -> int | None:
 
 def places() -> dict[str, object]:
     """Where models and worlds are kept, and the room there."""
-    from tether.worlds.real import cache_folder
+    from tether.places import cache_folder
 
     cache = cache_folder()
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())

@@ -30,6 +30,7 @@ from tether.helm import Helm, Rudder, keep_ahead
 from tether.identity import identify, require_same_digests
 from tether.loading import Source, layer_count
 from tether.models import LanguagePolicy, load_policy
+from tether.places import cache_folder
 from tether.prompts import PromptSet, PromptSource, fit
 from tether.recomputation import recompute_layers
 from tether.recording import Keeper, Saver, Screen, pieces_of, probes
@@ -41,7 +42,6 @@ from tether.store import CHECKPOINTS, RunStore
 from tether.trackers import Trackers
 from tether.trainer import Run, train
 from tether.watch import Watch
-from tether.worlds.real import cache_folder
 from tether.worlds.world import World
 
 EVALUATED_AT_ONCE = 64

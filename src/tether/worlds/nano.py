@@ -23,10 +23,10 @@ from rich.progress import Progress as Bar
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tether.errors import ModelError
+from tether.places import cache_folder
 from tether.worlds.nano_build import Progress, Recipe, build
 from tether.worlds.nano_gold import Flaw, Judgement, Proxy, agrees, gold, judge, proxy
 from tether.worlds.nano_prompts import OpinionPair, opinion_pairs, split
-from tether.worlds.real import cache_folder
 
 __all__ = [
     "Flaw",

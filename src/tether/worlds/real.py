@@ -10,10 +10,10 @@ Knows nothing of training, nor how a model is fetched: that is `fetch.py`. Read 
 from __future__ import annotations
 
 import importlib.resources
-import os
 from pathlib import Path
 from typing import Literal
 
+from tether.places import cache_folder
 from tether.worlds.fetch import PackedModel, obtain
 
 SMOLLM2_135M_INSTRUCT = PackedModel(
@@ -35,15 +35,6 @@ def instructions(split: Literal["train", "heldout"]) -> tuple[str, ...]:
     """
     text = importlib.resources.files("tether.worlds").joinpath(f"data/instructions_{split}.txt").read_text("utf-8")
     return tuple(text.splitlines())
-
-
-def cache_folder() -> Path:
-    """Where tether keeps what it fetched or built: $TETHER_CACHE, else $XDG_CACHE_HOME/tether, else ~/.cache/tether."""
-    if own := os.environ.get("TETHER_CACHE"):
-        return Path(own).expanduser()
-    # The XDG specification: an empty or relative value counts as unset.
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "tether"
 
 
 def smollm2_135m_instruct() -> Path:

@@ -1,0 +1,477 @@
+"""The routes of the page: what it asks is read from run folders, what it wishes is written into `control.db`.
+
+    Page(library, jobs, …).app()  →  a Starlette application behind `security.Guard`
+
+Each question to a run is asked in the run's own thread. Every shape stands in docs/page-api.md. Read next: `facts.py`
+(what a run is said to be), `stream.py` (what is new), `security.py` (who may).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TypeVar
+
+from sse_starlette import EventSourceResponse
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+import tether
+from tether.alarms import FAILURES, FAULTS
+from tether.config import RunSettings
+from tether.database import to_json
+from tether.errors import ConfigError, InputError, RunError, TetherError
+from tether.metrics import CATALOGUE
+from tether.page import facts
+from tether.page.ghost import BANK_FILE, Bank, ghost
+from tether.page.history import as_lists, pack, thin
+from tether.page.jobs import Jobs
+from tether.page.library import GLANCE, Library, Shelf, Slow
+from tether.page.reading import Reader
+from tether.page.samples import samples
+from tether.page.security import Bucket, Guard, Hosts, Refused, Tokens, parse_object
+from tether.page.stream import MOST_RUNS, Stream, read_cursors
+from tether.page.sweeps import gather, place
+from tether.records import Curve
+from tether.runs import knob
+from tether.steering import submit
+
+Answer = TypeVar("Answer")
+STATIC = Path(__file__).with_name("static")
+WIDTH, WIDEST = 800, 4000
+"""Columns of pixels that a curve is thinned to."""
+LAST_STEP = 2**62
+MOST_PENDING = 200
+SCAN_SECONDS = 2.0
+PING_SECONDS = 10
+SAVE_SECONDS = 60.0
+"""How long a fork waits for the run to save itself."""
+NOT_BUILT = """<!doctype html><meta charset="utf-8"><title>tether</title>
+<h1>The page is not built</h1><p>The server runs and answers: <a href="api/runs">api/runs</a>.</p>
+<p>Build the page once: <code>python -m tether.page.build</code>, then load this address again.</p>"""
+
+
+class Json(JSONResponse):
+    """JSON; what is not finite is null."""
+
+    def render(self, content: object) -> bytes:
+        return to_json(content).encode("utf-8", "replace")
+
+
+@dataclass
+class Page:
+    """One server's page."""
+
+    library: Library
+    jobs: Jobs
+    tokens: Tokens
+    hosts: Hosts
+    cookie: str
+    static: Path = STATIC
+    can_play: bool = True
+    bucket: Bucket = field(default_factory=Bucket)
+    _version: int = 0
+    """Changes with the list of runs."""
+    _seen: object = None
+
+    def app(self) -> Guard:
+        """The application, behind its guard."""
+        routes = [
+            Route("/", self.index),
+            Route("/api/session", self.session),
+            Route("/api/runs", self.runs),
+            Route("/api/runs/{id}", self.run),
+            Route("/api/runs/{id}/history", self.history),
+            Route("/api/runs/{id}/samples", self.samples),
+            Route("/api/runs/{id}/verdict", self.verdict),
+            Route("/api/runs/{id}/events", self.events),
+            Route("/api/runs/{id}/commands", self.commands, methods=["GET"]),
+            Route("/api/runs/{id}/commands", self.command, methods=["POST"]),
+            Route("/api/runs/{id}/schedule.yaml", self.schedule),
+            Route("/api/runs/{id}/ghost", self.ghost),
+            Route("/api/runs/{id}/fork", self.fork, methods=["POST"]),
+            Route("/api/runs/{id}/resume", self.resume, methods=["POST"]),
+            Route("/api/sweeps", self.sweeps),
+            Route("/api/learn", self.learn),
+            Route("/api/metrics", self.metrics),
+            Route("/api/failures", self.failures),
+            Route("/api/play", self.play, methods=["POST"]),
+            Route("/api/jobs", self.all_jobs),
+            Route("/api/stream", self.stream),
+            Route("/{name}", self.asset),
+        ]
+        handlers = {
+            TetherError: _complain, Refused: _refuse, HTTPException: _refuse_http, Exception: _break_down,
+        }  # fmt: skip
+        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        return Guard(app, self.tokens, self.hosts, self.cookie, self.bucket)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        del app
+        task = asyncio.create_task(self._scan())
+        yield
+        task.cancel()
+
+    async def _scan(self) -> None:
+        """Look for new runs every two seconds."""
+        while True:
+            await self.library.scan()
+            await asyncio.sleep(SCAN_SECONDS)
+
+    def _lists(self) -> tuple[int, list[object]]:
+        jobs = self.jobs.facts()
+        seen = (self.library.ids(), [job["state"] for job in jobs if isinstance(job, dict)])
+        if seen != self._seen:
+            self._seen, self._version = seen, self._version + 1
+        return self._version, jobs
+
+    # ── the page itself ─────────────────────────────────────────────────────────────────────────────────────────────
+    async def index(self, request: Request) -> Response:
+        """The built page, or how to build it."""
+        del request
+        file = self.static / "index.html"
+        return HTMLResponse(file.read_bytes() if file.is_file() else NOT_BUILT)
+
+    async def asset(self, request: Request) -> Response:
+        """The script or style sheet of the build, by its name alone."""
+        name = request.path_params["name"]
+        known = {path.name: path for path in self.static.glob("*.*") if path.is_file()}
+        if name not in known:
+            raise Refused(404, "there is no such file")
+        return FileResponse(known[name], headers={"Cache-Control": "no-cache"})
+
+    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    async def session(self, request: Request) -> Response:
+        """What this reader may do here."""
+        may = request.scope["right"] == "steer"
+        return Json(session_facts(self.library, may, may and self.can_play))
+
+    async def runs(self, request: Request) -> Response:
+        """All runs, the newest first; one whose disk does not answer holds up no other."""
+        del request
+        lines = await asyncio.gather(*(self._line(shelf) for shelf in await self.library.scan()))
+        lines.sort(key=lambda line: -float(str(line["created"] or 0)))
+        return Json({"root": str(self.library.root), "runs": lines})
+
+    async def _line(self, shelf: Shelf, patience: float = GLANCE) -> facts.Facts:
+        try:
+            shelf.known = await shelf.ask(lambda reader: self._summary(reader, shelf), patience)
+        except Slow as error:
+            return facts.unreadable(shelf.id, shelf.name, "slow", str(error), shelf.known)
+        except TetherError as error:
+            return facts.unreadable(shelf.id, shelf.name, "unreadable", str(error), {})
+        return dict(shelf.known)
+
+    def _summary(self, reader: Reader, shelf: Shelf) -> facts.Facts:
+        known = shelf.cached.get("verdict")
+        line = facts.summary(reader, shelf.id, shelf.name, self.library.clock())
+        told = known[1] if known is not None else None
+        return line | {"verdict": told["verdict"] if isinstance(told, dict) else None}
+
+    async def run(self, request: Request) -> Response:
+        """Everything of a run that is small."""
+        shelf = await self._shelf(request)
+
+        def ask(reader: Reader) -> facts.Facts:
+            return facts.whole(reader, self._summary(reader, shelf), self.library.clock())
+
+        return Json(await shelf.ask(ask))
+
+    async def history(self, request: Request) -> Response:
+        """Curves, thinned to the pixels."""
+        shelf, query = await self._shelf(request), request.query_params
+        width = _number(query.get("width"), WIDTH, 1, WIDEST)
+        start, end = (
+            _number(query.get(key), default, 0, LAST_STEP) for key, default in (("from", 0), ("to", LAST_STEP))
+        )
+        wanted = [name for name in query.get("names", "").split(",") if name]
+        as_json = query.get("format") == "json"
+
+        def ask(reader: Reader) -> bytes:
+            cursor, curves = reader.curves(chosen(reader.names(), wanted), start, end)
+            thinned, of = {name: thin(curve, width) for name, curve in curves.items()}, lengths(curves)
+            told = f"{shelf.id}@{cursor}"
+            return to_json(as_lists(told, thinned, of)).encode() if as_json else pack(told, thinned, of)
+
+        kind = "application/json" if as_json else "application/octet-stream"
+        return Response(await shelf.ask(ask), media_type=kind)
+
+    async def samples(self, request: Request) -> Response:
+        """Samples of a step, or of a row through time."""
+        shelf, query = await self._shelf(request), request.query_params
+        split = query.get("split", "probe")
+        if split not in ("probe", "train"):
+            raise Refused(400, f"got {split[:20]!r} as a split; wanted probe or train")
+        step, row = (None if key not in query else _number(query[key], 0, 0, LAST_STEP) for key in ("step", "row"))
+        return Json(await shelf.ask(lambda reader: samples(reader, split, step, row)))  # type: ignore[arg-type]
+
+    async def verdict(self, request: Request) -> Response:
+        """Is the string attached?"""
+        shelf = await self._shelf(request)
+        return Json(await shelf.ask(lambda reader: cached_verdict(shelf, reader)))
+
+    async def events(self, request: Request) -> Response:
+        """What happened."""
+        shelf = await self._shelf(request)
+        after = _number(request.query_params.get("after"), 0, 0, LAST_STEP)
+        found = await shelf.ask(lambda reader: reader.events(after))
+        return Json({"events": [asdict(event) for event in found]})
+
+    async def commands(self, request: Request) -> Response:
+        """What was asked of the run, and what became of it."""
+        return Json(await (await self._shelf(request)).ask(facts.ledger))
+
+    async def schedule(self, request: Request) -> Response:
+        """The steered knobs as YAML."""
+        shelf = await self._shelf(request)
+        told = await shelf.ask(facts.ledger)
+        return PlainTextResponse(facts.schedule_yaml(shelf.name, told["schedule"]), media_type="text/yaml")  # type: ignore[arg-type]
+
+    async def ghost(self, request: Request) -> Response:
+        """The best that the reward model could give at each β."""
+        shelf = await self._shelf(request)
+        return Json(await shelf.ask(lambda reader: ghost_of(reader)))
+
+    async def sweeps(self, request: Request) -> Response:
+        """Runs that differ in β alone."""
+        del request
+        shelves = await self.library.scan()
+        return Json({"sweeps": gather(await asyncio.gather(*(self._place(shelf) for shelf in shelves)))})
+
+    async def _place(self, shelf: Shelf) -> facts.Facts | None:
+        try:
+            return await shelf.ask(
+                lambda reader: shelf.once("place", reader.version(), lambda: place(reader, shelf.id))
+            )
+        except TetherError:
+            return None
+
+    async def learn(self, request: Request) -> Response:
+        """What the lesson needs."""
+        del request
+        return Response(learn_text(), media_type="application/json")
+
+    async def metrics(self, request: Request) -> Response:
+        """The catalogue of metrics."""
+        del request
+        return Json(metrics_facts())
+
+    async def failures(self, request: Request) -> Response:
+        """The catalogue of failures."""
+        del request
+        return Json(failures_facts())
+
+    async def all_jobs(self, request: Request) -> Response:
+        """What this page started."""
+        del request
+        return Json({"jobs": self.jobs.facts()})
+
+    async def stream(self, request: Request) -> Response:
+        """What is new, for as long as the browser listens."""
+        wanted = [id for id in request.query_params.get("runs", "").split(",") if id]
+        if len(wanted) > MOST_RUNS:
+            raise Refused(400, f"got {len(wanted)} runs; wanted at most {MOST_RUNS} in one stream")
+        found = [await self.library.find(id) for id in wanted]
+        shelves = [shelf for shelf in found if shelf is not None]
+        cursors = read_cursors(request.headers.get("last-event-id") or request.query_params.get("cursor", ""))
+        here = {shelf.id for shelf in shelves}
+        told = Stream(self.library, shelves, {run: at for run, at in cursors.items() if run in here}, self._lists)
+        return EventSourceResponse(told.messages(), ping=PING_SECONDS, headers={"Cache-Control": "no-store"})
+
+    # ── wishes ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    async def command(self, request: Request) -> Response:
+        """Write a wish down for the trainer."""
+        shelf, wish = await self._shelf(request), parse_object(await request.body())
+        if strange := sorted(wish.keys() - {"kind", "payload", "actor", "base"}):
+            raise Refused(400, f"got {strange[0][:40]!r}; wanted kind, payload, actor, base")
+        kind, actor, payload, base = (wish.get(key) for key in ("kind", "actor", "payload", "base"))
+        actor, payload = "page" if actor is None else actor, {} if payload is None else payload
+        if not isinstance(kind, str) or not isinstance(actor, str) or not isinstance(payload, dict):
+            raise Refused(400, "wanted kind and actor as text, and payload as an object")
+        if base is not None and (isinstance(base, bool) or not isinstance(base, int)):
+            raise Refused(400, "wanted base as a whole number: the last command whose outcome was seen")
+
+        def ask(reader: Reader) -> int:
+            self._require_room(reader)
+            return submit(reader.path, actor, kind, payload, facts.settings_now(reader), base=base)
+
+        return Json({"id": await shelf.ask(_conflict(ask)), "state": "pending"}, 202)
+
+    def _require_room(self, reader: Reader) -> None:
+        facts.require_alive(reader, self.library.clock())
+        ruled = {one.command for one in reader.outcomes()}
+        waiting = [command for command in reader.commands() if command.id not in ruled]
+        if len([one for one in waiting if not one.has_expired(self.library.clock())]) >= MOST_PENDING:
+            raise Refused(429, f"{MOST_PENDING} wishes wait for the trainer; wait for its next update", retry_seconds=5)
+
+    async def fork(self, request: Request) -> Response:
+        """Another run from here; a run that trains is saved first."""
+        shelf, wish = await self._shelf(request), parse_object(await request.body())
+        step = wish.get("step")
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise Refused(400, "wanted step as a whole number")
+        if step is None:
+            await self._save(shelf)
+        return self._job(lambda: self.jobs.fork(shelf.id, shelf.path, step, wish))
+
+    async def _save(self, shelf: Shelf) -> None:
+        """Ask a run that trains for a checkpoint and wait for it; one that is over has one."""
+
+        def ask(reader: Reader) -> int | None:
+            try:
+                facts.require_alive(reader, self.library.clock())
+            except RunError:
+                return None
+            return submit(reader.path, "page", "checkpoint", {}, RunSettings())
+
+        command = await shelf.ask(ask)
+        end = asyncio.get_running_loop().time() + SAVE_SECONDS
+        while command is not None:
+            if any(one.command == command for one in await shelf.ask(lambda reader: reader.outcomes())):
+                return
+            if asyncio.get_running_loop().time() > end:
+                raise Refused(409, "the run did not save itself in time; try again, or name the step of a checkpoint")
+            await asyncio.sleep(0.1)
+
+    async def resume(self, request: Request) -> Response:
+        """Go on with a run that was stopped or killed."""
+        shelf = await self._shelf(request)
+        state = (await self._line(shelf))["state"]
+        if state not in ("stopped", "failed", "stale"):
+            raise Refused(409, f"the run is {state}; only one that was stopped or killed can be gone on with")
+        return self._job(lambda: self.jobs.resume(shelf.id, shelf.path))
+
+    async def play(self, request: Request) -> Response:
+        """A run of the nano world, to play with."""
+        if not self.can_play:
+            raise Refused(403, "this server starts no runs")
+        wish = parse_object(await request.body())
+        return self._job(lambda: self.jobs.play(wish))
+
+    def _job(self, start: Callable[[], facts.Facts]) -> Response:
+        try:
+            return Json(start(), 202)
+        except RunError as error:
+            raise Refused(409, str(error)) from error
+
+    async def _shelf(self, request: Request) -> Shelf:
+        shelf = await self.library.find(request.path_params["id"])
+        if shelf is None:
+            raise Refused(404, "there is no such run")
+        return shelf
+
+
+# ── what needs no server ────────────────────────────────────────────────────────────────────────────────────────────
+def session_facts(library: Library, may_steer: bool, can_play: bool, read_only: bool = False) -> facts.Facts:
+    """What a reader may do."""
+    return {
+        "version": tether.__version__, "may_steer": may_steer, "root": str(library.root), "selected": library.selected,
+        "can_play": can_play, "read_only": read_only, "stale_seconds": facts.STALE_SECONDS, "faults": list(FAULTS),
+        "server_time": library.clock(),
+    }  # fmt: skip
+
+
+def chosen(known: list[str], wanted: list[str]) -> list[str]:
+    """The metrics asked for, in the catalogue's order; all where none is. `group/*` is a whole group."""
+    groups = tuple(name[:-1] for name in wanted if name.endswith("/*"))
+    return CATALOGUE.in_order(
+        {name for name in known if not wanted or name in wanted or (groups and name.startswith(groups))}
+    )
+
+
+def lengths(curves: Mapping[str, Curve]) -> dict[str, int]:
+    """How many points each curve has."""
+    return {name: len(curve.steps) for name, curve in curves.items()}
+
+
+def cached_verdict(shelf: Shelf, reader: Reader) -> facts.Facts:
+    """The verdict, worked out anew when there is something new."""
+    return shelf.once("verdict", reader.verdict_key(), lambda: facts.verdict(reader))
+
+
+def ghost_of(reader: Reader) -> facts.Facts:
+    """The ghost of a run: from its own samples, else those shipped for its world, else a normal distribution."""
+    bank = Bank.read(reader.path / BANK_FILE, "bank")
+    meta = reader.meta()
+    if bank is None and knob(meta.get("config"), "world") == "nano":
+        shipped = json.loads(learn_text()).get("nano", {})
+        bank = Bank.of(shipped.get("bank"), "shipped") if isinstance(shipped, dict) else None
+    sigma = meta.get("sigma")
+    return ghost(bank, float(sigma) if isinstance(sigma, int | float) else 1.0)
+
+
+def learn_text() -> str:
+    """The lesson's data, as JSON; empty where none ships."""
+    file = files("tether.page").joinpath("learn.json")
+    return file.read_text("utf-8") if file.is_file() else '{"exact": null, "nano": null, "bandit": null, "command": ""}'
+
+
+def metrics_facts() -> facts.Facts:
+    """The catalogue of metrics by name."""
+    return {name: {key: value for key, value in asdict(CATALOGUE[name]).items() if key != "name"} for name in CATALOGUE}
+
+
+def failures_facts() -> facts.Facts:
+    """The catalogue of failures by name."""
+    return {name: {k: v for k, v in asdict(failure).items() if k != "name"} for name, failure in FAILURES.items()}
+
+
+def _number(text: str | None, default: int, least: int, most: int) -> int:
+    if text is None:
+        return default
+    if not text.isdecimal() or not least <= int(text[:20]) <= most:
+        raise Refused(400, f"got {text[:20]!r}; wanted a whole number from {least} to {most}")
+    return int(text)
+
+
+def _conflict(ask: Callable[[Reader], Answer]) -> Callable[[Reader], Answer]:
+    """What a run cannot do as it stands is a conflict, not a fault of the request."""
+
+    def asking(reader: Reader) -> Answer:
+        try:
+            return ask(reader)
+        except (InputError, ConfigError):
+            raise
+        except Slow:
+            raise
+        except RunError as error:
+            raise Refused(409, str(error)) from error
+
+    return asking
+
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+
+async def _complain(request: Request, error: Exception) -> Response:
+    del request
+    if isinstance(error, Slow):
+        return Json({"error": str(error)}, 503)
+    return Json({"error": str(error)}, 400 if isinstance(error, InputError | ConfigError) else 409)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, Refused)
+    return Json(dict(error.body), error.status)
+
+
+async def _refuse_http(request: Request, error: Exception) -> Response:
+    del request
+    assert isinstance(error, HTTPException)
+    return Json({"error": error.detail}, error.status_code)
+
+
+async def _break_down(request: Request, error: Exception) -> Response:
+    """A mistake of ours; the reader learns its kind, the terminal the rest."""
+    del request
+    return Json({"error": f"the server failed: {type(error).__name__}"}, 500)

@@ -1,0 +1,121 @@
+"""The ghost: the best that this reward model could give at each β, computed from cached samples of the reference.
+
+    π*(y|x) = π_ref(y|x)·e^{r/β}/Z(x)      weights w_i ∝ e^{r_i/β} over the samples of a prompt
+    score = Σ w r      KL(π*‖π_ref) = Σ w·log(n·w)      ESS = 1/Σ w²       each averaged over prompts
+
+Self-normalised importance sampling: good while many samples bear weight (ESS ≥ 20), a guess beyond. Without samples a
+normal distribution of scores stands in: Δr = σ²/β, K = σ²/(2β²), on the ceiling Δr = σ·√(2K). It is a bound on what
+PPO can reach against this reward, not a promise about what it means. Knows no run. Read next: `facts.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+BANK_FILE = "bank.json"
+BETAS = tuple(float(beta) for beta in np.geomspace(0.01, 10.0, 121))
+SOLID = 20.0
+"""Effective samples from which on the ghost is drawn solid."""
+CEILING_KL = tuple(float(kl) for kl in np.linspace(0.0, 50.0, 101))
+CAPTION = "the best this reward model could give, not a promise"
+BEST_OF = (2, 4, 16, 64)
+
+Facts = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Scores of samples of the reference, [prompts, samples]."""
+
+    scores: NDArray[np.float64]
+    gold: NDArray[np.float64] | None
+    source: str
+
+    @staticmethod
+    def read(path: Path, source: str) -> Bank | None:
+        """The bank in a file; None where there is none or it is none."""
+        try:
+            return Bank.of(json.loads(path.read_text("utf-8")), source)
+        except (OSError, ValueError):
+            return None
+
+    @staticmethod
+    def of(told: object, source: str) -> Bank | None:
+        """The bank of plain values."""
+        if not isinstance(told, Mapping) or "scores" not in told:
+            return None
+        scores = np.asarray(told["scores"], np.float64)
+        gold = np.asarray(told["gold"], np.float64) if told.get("gold") is not None else None
+        usable = scores.ndim == 2 and scores.size > 0 and bool(np.isfinite(scores).all())
+        return Bank(scores, gold, source) if usable else None
+
+
+def ghost(bank: Bank | None, sigma: float = 1.0, betas: Sequence[float] = BETAS) -> Facts:
+    """The ghost as the page is told."""
+    if bank is None:
+        return _gaussian(sigma, betas)
+    scores, kl, ess = reweight(bank.scores, betas)
+    start = float(bank.scores.mean())
+    spread = float(np.sqrt(bank.scores.var(axis=1).mean()))
+    return {
+        "source": bank.source, "prompts": bank.scores.shape[0], "samples": bank.scores.shape[1], "unit": "score",
+        "betas": list(betas), "score": scores.tolist(), "gain": (scores - start).tolist(), "kl": kl.tolist(),
+        "ess": ess.tolist(), "solid": (ess >= SOLID).tolist(), "start": start,
+        "best_of": best_of(bank, start), "ceiling": _ceiling(spread), "caption": CAPTION,
+    }  # fmt: skip
+
+
+def reweight(
+    scores: NDArray[np.float64], betas: Sequence[float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Score, KL in nats and effective samples of π* at each β, averaged over prompts.
+
+    >>> score, kl, ess = reweight(np.array([[0.0, 1.0]]), [1e9])
+    >>> round(float(score[0]), 6), round(float(kl[0]), 6), round(float(ess[0]), 6)
+    (0.5, 0.0, 2.0)
+    """
+    found = [_at(scores, beta) for beta in betas]
+    return tuple(np.array(column) for column in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def _at(scores: NDArray[np.float64], beta: float) -> tuple[float, float, float]:
+    tilt = scores / beta
+    weights = np.exp(tilt - tilt.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    logs = np.log(np.maximum(weights, 1e-300) * scores.shape[1])
+    kl = (weights * logs).sum(axis=1)
+    return float((weights * scores).sum(axis=1).mean()), float(kl.mean()), float((1 / (weights**2).sum(axis=1)).mean())
+
+
+def best_of(bank: Bank, start: float) -> list[Facts]:
+    """The expected best of n, over all subsets of n of a prompt's samples; K = log n − (n − 1)/n."""
+    samples = bank.scores.shape[1]
+    order = bank.scores.argsort(axis=1)
+    found: list[Facts] = []
+    for n in (n for n in BEST_OF if n <= samples):
+        chances = np.array([math.comb(i, n - 1) / math.comb(samples, n) for i in range(samples)])
+        gain = float((np.take_along_axis(bank.scores, order, 1) * chances).sum(1).mean()) - start
+        gold = None if bank.gold is None else float((np.take_along_axis(bank.gold, order, 1) * chances).sum(1).mean())
+        found.append({"n": n, "gain": gain, "kl": math.log(n) - (n - 1) / n, "gold": gold})
+    return found
+
+
+def _gaussian(sigma: float, betas: Sequence[float]) -> Facts:
+    gain = [sigma**2 / beta for beta in betas]
+    return {
+        "source": "gaussian", "prompts": 0, "samples": 0, "unit": "score", "betas": list(betas), "score": gain,
+        "gain": gain, "kl": [sigma**2 / (2 * beta**2) for beta in betas], "ess": [0.0] * len(betas),
+        "solid": [False] * len(betas), "start": 0.0, "best_of": [], "ceiling": _ceiling(sigma), "caption": CAPTION,
+    }  # fmt: skip
+
+
+def _ceiling(sigma: float) -> Facts:
+    """Δr ≤ σ·√(2K) for scores with normal tails, σ within prompts."""
+    return {"sigma": sigma, "kl": list(CEILING_KL), "gain": [sigma * math.sqrt(2 * kl) for kl in CEILING_KL]}
