@@ -53,10 +53,11 @@ def test_a_name_that_two_knobs_bear_is_refused_with_both() -> None:
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("betta", "ppo.reward.beta"), ("ppo.update.beta", "ppo.reward.beta"), ("model.steps", "ppo.steps"),
-     ("ppo.reward.clip_range", "ppo.update.clip_range"), ("evaluaton", "evaluation")],
+     ("ppo.reward.clip_range", "ppo.update.clip_range"), ("evaluaton", "evaluation"),
+     ("ppo.reward.bta", "ppo.reward.beta?"), ("evaluation.evry", "evaluation.every?")],
 )  # fmt: skip
 def test_a_misspelt_or_misplaced_knob_is_answered_with_the_one_meant(name: str, meant: str) -> None:
-    assert f"did you mean {meant}" in str(find_knob(name))
+    assert f"did you mean {meant}" in str(find_knob(name)), name
 
 
 # ── other libraries ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tether.batch import Message, Prompt
+from tether.data_columns import Names
 from tether.data_files import DataSource, Row, Rows, open_rows
-from tether.data_rows import Names, comparison_of, demonstration_of, prompt_of
+from tether.data_rows import comparison_of, demonstration_of, prompt_of
 from tether.errors import InputError
 from tether.preferences import Pairs
 from tether.prompts import PromptSet
@@ -95,6 +96,8 @@ def read_preferences(
     stand twice are kept, and counted in `origin["duplicates"]`: the same comparison may then be learned from and
     measured on.
 
+    Where a prompt is implied although a column looks like one, `origin["unread"]` names that column.
+
     Raises InputError where the source is missing, holds fewer than two comparisons, or a row is none.
     """
     rows = open_rows(source, split=split, subset=subset, limit=limit)
@@ -118,7 +121,8 @@ def read_preferences(
     )
     different = len({json.dumps([row.prompt, row.chosen, row.rejected], default=list) for row in kept})
     counts = {"read": len(kept), "identical": len(read) - len(kept), "duplicates": len(kept) - different}
-    return replace(pairs, origin={**counts, "file": Path(rows.name).name})
+    unread = next((row.unread for row in kept if row.unread), None)
+    return replace(pairs, origin={**counts, "file": Path(rows.name).name} | ({"unread": unread} if unread else {}))
 
 
 def read_demonstrations(

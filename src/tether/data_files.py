@@ -83,6 +83,11 @@ def numbered(name: str, contents: Iterable[object]) -> Rows:
 
 # ── by name ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def _named(source: str, split: str | None, subset: str | None, limit: int | None) -> Rows:
+    if "://" in source:
+        raise InputError(
+            f"{source} is an address; wanted a file here, or ORG/NAME of a data set on the hub: download it first, or "
+            "pass what datasets.load_dataset gives"
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, split)
@@ -97,8 +102,10 @@ def _missing(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no file {path}, nor a folder {folder}; a data set on the hub is named ORG/NAME"
-    names = [entry.name for entry in folder.iterdir()]
-    near = get_close_matches(path.name, names, n=3, cutoff=0.5)
+    if " " in path.name and not path.suffix:
+        return f"there is no file {path}; a text by itself goes into a list: [{str(path)!r}]"
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() or _kind(entry)]
+    near = get_close_matches(path.name, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else "check the name"
     return f"there is no file {path}; {hint} (a data set on the hub is named ORG/NAME)"
 
@@ -239,9 +246,26 @@ def _text(path: Path, _: str | None) -> Rows:
     return Rows(str(path), _placed(path, ((number, {"prompt": line}) for number, line in _lines(path))))
 
 
-def _json_lines(path: Path, _: str | None) -> Rows:
+def _json_lines(path: Path, split: str | None) -> Rows:
+    """One JSON value a line; or one list of rows, whatever the file's name says."""
+    beginning = next(_lines(path), (0, ""))[1]
+    if beginning.startswith("[") and not _is_conversation(beginning):
+        return _json(path, split)
+    return _each_line(path)
+
+
+def _each_line(path: Path) -> Rows:
     parsed = ((number, _parse(line, f"{path}, line {number}")) for number, line in _lines(path))
     return Rows(str(path), _placed(path, parsed))
+
+
+def _is_conversation(line: str) -> bool:
+    """Whether a line that begins a list is one whole row of messages."""
+    try:
+        first = json.loads(line)
+    except ValueError:
+        return False
+    return bool(first) and _is_dict_with(first[0], "role")
 
 
 def _json(path: Path, split: str | None) -> Rows:
@@ -251,9 +275,9 @@ def _json(path: Path, split: str | None) -> Rows:
     try:
         whole = json.loads(text) if text else []
     except ValueError:
-        if text.startswith("["):
+        if text.startswith("[") and not _is_conversation(lines[0][1]):
             _parse(text, str(path))
-        return _json_lines(path, split)
+        return _each_line(path)
     if isinstance(whole, dict) and whole and all(isinstance(part, list) for part in whole.values()):
         return _mapping(whole, str(path), split)
     return numbered(str(path), whole if isinstance(whole, list) else [whole])

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TypeAlias
 
 from tether.batch import Message, Prompt
+from tether.data_columns import TREE, Names, lacking, listed, named_otherwise, unread_prompt
 from tether.data_files import Row
 from tether.errors import InputError
 
@@ -29,36 +29,11 @@ TURN = "\n\nAssistant:"
 """What opens an answer in a transcript."""
 JOINT = "\n\n"
 """What stands between the texts of columns that make one prompt."""
-TREE = ("replies", "children")
-ALIASES: Mapping[str, tuple[str, ...]] = {
-    "prompt": (
-        "prompts", "question", "instruction", "query", "input", "problem", "user", "post", "context", "history",
-        "goal", "text", "content", "act",
-    ),
-    "chosen": ("accepted", "preferred", "better", "winner", "good", "response_chosen", "answer_chosen", "positive"),
-    "rejected": ("dispreferred", "worse", "loser", "bad", "response_rejected", "answer_rejected", "negative"),
-    "completion": ("response", "output", "answer", "target", "reply", "solution", "demonstration", "summary"),
-    "messages": ("conversation", "conversations", "dialog", "dialogue", "chat", "turns"),
-}  # fmt: skip
-"""What other data sets call a column."""
+SHOWN = 40
+"""Characters of a wrong value that a complaint repeats."""
 
 Text: TypeAlias = str | list[Message]
 """A value that is a text or the messages of a conversation."""
-
-
-@dataclass(frozen=True)
-class Names:
-    """What the columns are called in a source."""
-
-    prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    completion: str = "completion"
-    messages: str = "messages"
-
-    def option(self, role: str, column: str) -> str:
-        """How a caller names this column."""
-        return f"{role}_column={column!r}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +45,8 @@ class Comparison:
     rejected: str
     chosen_gold: float | None
     rejected_gold: float | None
+    unread: str | None = None
+    """A column that looks like the prompt, where another text was taken for it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +73,7 @@ def prompt_of(row: Row, names: Names) -> tuple[Prompt, dict[str, object]]:
     elif found is None and fields.get(names.messages) is not None:
         prompt, used = _before_last_answer(_messages(fields[names.messages], names.messages, row)), ("messages",)
     elif found is None:
-        raise InputError(_lacking(row, fields, names, ("prompt",)))
+        raise InputError(lacking(row, fields, names, ("prompt",)))
     else:
         prompt = _simplest(_text_or_messages(found, names.prompt, row))
     _check_asks(prompt, row)
@@ -108,20 +85,21 @@ def comparison_of(row: Row, names: Names) -> Comparison:
     """Prompt, chosen and rejected of this row, with their gold scores."""
     fields = _fields(row, "prompt, chosen and rejected")
     if any(fields.get(side) is None for side in (names.chosen, names.rejected)):
-        raise InputError(_lacking(row, fields, names, ("chosen", "rejected")))
+        raise InputError(lacking(row, fields, names, ("chosen", "rejected")))
     chosen, rejected = (
         _text_or_messages(_value(fields, side, row), side, row) for side in (names.chosen, names.rejected)
     )
     given = _value(fields, names.prompt, row)
     prompt = None if given is None else _text_or_messages(given, names.prompt, row)
-    gold = tuple(_number(fields.get(column), column, row) for column in GOLD)
+    good_gold, bad_gold = (_number(fields.get(column), column, row) for column in GOLD)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is None:
-            prompt, chosen, rejected = split_prompt(chosen, rejected)
-        return Comparison(_simplest(prompt), chosen, rejected, *gold)
+        if prompt is not None:
+            return Comparison(_simplest(prompt), chosen, rejected, good_gold, bad_gold)
+        implied, good, bad = split_prompt(chosen, rejected)
+        return Comparison(implied, good, bad, good_gold, bad_gold, unread=unread_prompt(fields, implied))
     if isinstance(chosen, list) and isinstance(rejected, list):
         context, good, bad = _split_conversations(prompt, chosen, rejected, row)
-        return Comparison(_simplest(context), good, bad, *gold)
+        return Comparison(_simplest(context), good, bad, good_gold, bad_gold)
     raise InputError(f"{row.where}: chosen and rejected are of two kinds; wanted both as text, or both as messages")
 
 
@@ -137,7 +115,7 @@ def demonstration_of(row: Row, names: Names) -> Demonstration:
     if given is None and fields.get(names.messages) is not None:
         return _conversation_shown(_messages(fields[names.messages], names.messages, row), row)
     if given is None or answer is None:
-        raise InputError(_lacking(row, fields, names, ("prompt", "completion")))
+        raise InputError(lacking(row, fields, names, ("prompt", "completion")))
     prompt = _text_or_messages(given, names.prompt, row)
     reply = _text_or_messages(answer, names.completion, row)
     if isinstance(reply, list):
@@ -177,7 +155,7 @@ def _fields(row: Row, wanted: str) -> Mapping[str, object]:
     if isinstance(row.content, Mapping):
         return row.content
     raise InputError(
-        f"{row.where} is a {type(row.content).__name__} ({str(row.content)[:40]!r}); wanted an object with {wanted}"
+        f"{row.where} is a {type(row.content).__name__} ({_short(row.content)!r}); wanted an object with {wanted}"
     )
 
 
@@ -192,33 +170,65 @@ def _value(fields: Mapping[str, object], column: str, row: Row) -> object:
 
 
 def _text_or_messages(value: object, column: str, row: Row) -> Text:
-    return value if isinstance(value, str) else _messages(value, column, row)
+    return _sound(str(value), column, row) if isinstance(value, str) else _messages(value, column, row)
 
 
 def _messages(value: object, column: str, row: Row) -> list[Message]:
-    if isinstance(value, Sequence) and not isinstance(value, str) and all(_is_message(entry) for entry in value):
-        return [{"role": entry["role"], "content": entry["content"]} for entry in value]
     if isinstance(value, Mapping):
+        node = any(isinstance(value.get(key), list) for key in TREE)
         raise InputError(
-            f"{row.where}: {column} is an object with {_listed(value)}, a node of a tree; wanted text or messages: "
-            "write one row for each pair of replies to the same message"
+            f"{row.where}: {column} is an object with {listed(value)}{', a node of a tree' * node}; wanted text or "
+            f"messages{': write one row for each pair of replies to the same message' * node}"
         )
-    raise InputError(
-        f"{row.where}: {column} is a {type(value).__name__} ({str(value)[:40]}); wanted text, or a list of messages "
-        '{"role": …, "content": …} with text in both' + _named_otherwise(value)
-    )
+    if not isinstance(value, Sequence) or isinstance(value, str) or _is_talk(value) is False:
+        raise InputError(
+            f"{row.where}: {column} is a {type(value).__name__} ({_short(value)}); wanted text, or a list of messages "
+            '{"role": …, "content": …} with text in both' + named_otherwise(value)
+        )
+    return [_message(entry, f"message {place} of {column}", row) for place, entry in enumerate(value, start=1)]
 
 
-def _named_otherwise(value: object) -> str:
-    """A hint where messages have the keys of another convention."""
-    first = value[0] if isinstance(value, Sequence) and value else None
-    if isinstance(first, Mapping) and {"from", "value"} <= set(first):
-        return "; found from and value: rename them to role and content, human to user and gpt to assistant"
-    return ""
+def _is_talk(value: Sequence[object]) -> bool:
+    """Whether these are messages, whatever they say."""
+    return all(isinstance(entry, Mapping) and {"role", "content"} <= set(entry) for entry in value)
 
 
-def _is_message(entry: object) -> bool:
-    return isinstance(entry, Mapping) and all(isinstance(entry.get(key), str) for key in ("role", "content"))
+def _message(entry: Mapping[str, object], what: str, row: Row) -> Message:
+    """One message; a content of several parts is their texts, joined."""
+    role, content = entry["role"], entry["content"]
+    if isinstance(content, Sequence) and not isinstance(content, str) and content:
+        content = _joined(content, what, row)
+    for key, text in (("role", role), ("content", content)):
+        if not isinstance(text, str):
+            found = "null" if text is None else f"a {type(text).__name__} ({_short(text)})"
+            raise InputError(f"{row.where}: the {key} of {what} is {found}; wanted text")
+    return {"role": str(role), "content": _sound(str(content), what, row)}
+
+
+def _joined(parts: Sequence[object], what: str, row: Row) -> object:
+    """The text of a content that is a list of `{"type": "text", "text": …}`."""
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if all(isinstance(text, str) for text in texts):
+        return "".join(map(str, texts))
+    kinds = sorted({str(part.get("type", "?")) if isinstance(part, Mapping) else "?" for part in parts})
+    raise InputError(f"{row.where}: {what} has parts of the types {', '.join(kinds)}; wanted text alone")
+
+
+def _sound(text: str, what: str, row: Row) -> str:
+    """The text, unless it holds half of a surrogate pair, which no tokenizer and no file can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as fault:
+        raise InputError(
+            f"{row.where}: {what} holds {text[fault.start]!a} at character {fault.start + 1}, half of a character that "
+            "was cut in two; write the whole one, or leave it out"
+        ) from None
+    return text
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 
 
 def _number(value: object, column: str, row: Row) -> float | None:
@@ -230,7 +240,7 @@ def _number(value: object, column: str, row: Row) -> float | None:
         return float(value)
     except ValueError:
         raise InputError(
-            f"{row.where}: {column} is a {type(value).__name__} ({str(value)[:40]}); wanted a number"
+            f"{row.where}: {column} is a {type(value).__name__} ({_short(value)}); wanted a number"
         ) from None
 
 
@@ -306,64 +316,3 @@ def _check_asks(prompt: Prompt, row: Row) -> None:
     elif not prompt or prompt[-1]["role"] == "assistant":
         said = "it has no message" if not prompt else "its last message is the assistant's"
         raise InputError(f"{row.where}: the prompt leaves nothing to answer: {said}; wanted it to end with the user's")
-
-
-# ── what is wrong with the columns ──────────────────────────────────────────────────────────────────────────────────
-def _lacking(row: Row, fields: Mapping[str, object], names: Names, roles: tuple[str, ...]) -> str:
-    """The complaint about a row without these columns."""
-    null = [column for role in roles if (column := getattr(names, role)) in fields and fields[column] is None]
-    if null:
-        return f"{row.where}: {' and '.join(null)} {'is' if len(null) == 1 else 'are'} null; wanted text or messages"
-    missing = [getattr(names, role) for role in roles if _absent(fields, getattr(names, role))]
-    return (
-        f"{row.where} has no {' and no '.join(missing)}; found the columns {_listed(fields) or '(none)'}. "
-        f"{_nearest(fields, names, roles)}"
-    )
-
-
-def _absent(fields: Mapping[str, object], column: str) -> bool:
-    return all(fields.get(part) is None for part in (column, *column.split("+")))
-
-
-def _nearest(fields: Mapping[str, object], names: Names, roles: tuple[str, ...]) -> str:
-    """The right form that is nearest to these columns."""
-    nodes = [fields, *(value for value in fields.values() if isinstance(value, Mapping))]
-    if any(isinstance(node.get(key), list) for node in nodes for key in TREE):
-        return "That is a tree of replies; wanted flat rows: write one for each pair of replies to the same message"
-    found: dict[str, str] = {}
-    for role in roles:
-        if _absent(fields, getattr(names, role)) and (near := _like(role, fields, set(found.values()))):
-            found[role] = near
-    if found:
-        if found.get("prompt") == "instruction" and fields.get("input") is not None:
-            found["prompt"] = "instruction+input"
-        return f"Did you mean {', '.join(names.option(role, column) for role, column in found.items())}?"
-    return f"Wanted {FORMS[roles]}{_belongs_elsewhere(fields, roles)}"
-
-
-def _like(role: str, fields: Mapping[str, object], taken: set[str]) -> str | None:
-    """The column that most probably holds this: by another name in use, or by a slip of the pen."""
-    free = {str(name).lower(): str(name) for name, value in fields.items() if value is not None and name not in taken}
-    usual = [free[alias] for alias in (role, *ALIASES[role]) if alias in free]
-    close = [free[name] for name in get_close_matches(role, free, n=1, cutoff=0.75)]
-    return next(iter([*usual, *close]), None)
-
-
-FORMS: Mapping[tuple[str, ...], str] = {
-    ("prompt",): "prompt: a text, or a list of messages",
-    ("chosen", "rejected"): "prompt, chosen and rejected, or chosen and rejected that begin with the prompt",
-    ("prompt", "completion"): "messages, or prompt and completion",
-}
-
-
-def _belongs_elsewhere(fields: Mapping[str, object], roles: tuple[str, ...]) -> str:
-    """A hint where the columns are those of another of the three formats."""
-    if "chosen" not in roles and {"chosen", "rejected"} <= set(fields):
-        return ". These are preferences, which `tether reward` reads"
-    if "completion" not in roles and ("messages" in fields or "completion" in fields):
-        return ". These are demonstrations, which `tether sft` reads"
-    return ". These are prompts alone" if set(fields) == {"prompt"} else ""
-
-
-def _listed(names: Mapping[str, object]) -> str:
-    return ", ".join(map(str, names))

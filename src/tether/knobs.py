@@ -169,15 +169,19 @@ def _abbreviates(name: str, path: str) -> bool:
 
 
 def did_you_mean(name: str) -> str:
-    """A hint at the nearest knob: one of the same last word at another place, else one spelled alike."""
-    last = name.rpartition(".")[2]
-    same = [path for path in knobs() if path.rpartition(".")[2] == last]
-    words = {path.rpartition(".")[2] for path in knobs()}
-    near = get_close_matches(last, sorted(words), n=1, cutoff=0.7)
-    paths = same or [path for path in knobs() if near and path.rpartition(".")[2] == near[0]]
-    groups = get_close_matches(name, list(sections()), n=1, cutoff=0.7)
-    shown = (groups if not same else []) or sorted(paths, key=lambda path: not path.startswith(PREFERRED))[:2]
+    """A hint at the nearest knob or group: of the same last word, else of one spelled alike; those beside it first."""
+    group, _, last = name.rpartition(".")
+    paths = [*knobs(), *sections()]
+    words = {_last(path) for path in paths}
+    nearest = [last] if last in words else get_close_matches(last, sorted(words), n=1, cutoff=0.7)
+    found = [path for path in paths if _last(path) in nearest]
+    beside = [path for path in found if group and path.rpartition(".")[0] == group]
+    shown = beside or sorted(found, key=lambda path: not path.startswith(PREFERRED))[:2]
     return f"; did you mean {' or '.join(shown)}?" if shown else "; `tether train --help` lists them all"
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────

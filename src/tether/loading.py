@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -57,9 +59,28 @@ def load_causal_lm(source: Source, precision: Precision, device: torch.device) -
         dtype = choose_dtype(precision, _count_parameters(config), device)
         model = _read(AutoModelForCausalLM, source, dtype=dtype)
     model = freeze(model, dtype, device)
-    choose_attention(model)
-    check_causal_lm(model)
+    with forward_faults_told(model):
+        choose_attention(model)
+        check_causal_lm(model)
     return model
+
+
+@contextmanager
+def forward_faults_told(model: PreTrainedModel) -> Iterator[None]:
+    """A forward pass over a few valid tokens that fails in the model's own code is the model's fault: a ModelError.
+
+    What runs out of memory stays what it is.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as fault:
+        if isinstance(fault, torch.OutOfMemoryError) or "memory" in str(fault):
+            raise
+        first = next(iter(str(fault).strip().split("\n")), "")
+        raise ModelError(
+            f"{type(model).__name__} cannot read a row of {PROBE_LENGTH} tokens: {type(fault).__name__}: {first}; "
+            "wanted a decoder whose config fits its code: does it generate in transformers alone?"
+        ) from fault
 
 
 def freeze(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -67,7 +88,12 @@ def freeze(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
+    model.base_model.warn_if_padding_and_no_attention_mask = _no_mask_is_needed
     return model.to(device).eval()
+
+
+def _no_mask_is_needed(*_: object) -> None:
+    """In place of transformers' warning: rows are padded on the right, where causal attention never looks."""
 
 
 def choose_dtype(precision: Precision, parameters: int, device: torch.device) -> torch.dtype:

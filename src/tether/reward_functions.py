@@ -69,8 +69,8 @@ class FunctionReward:
                 return wait_for(call, self.timeout_seconds)
         except TimeUpError:
             raise RewardError(
-                f"{self.name} gave nothing for {len(responses)} responses in {self.timeout_seconds:g} s; look where it "
-                "hangs, or raise timeout_seconds"
+                f"{self.name} gave nothing for {_responses(len(responses))} in {self.timeout_seconds:g} s; look where "
+                "it hangs, or raise timeout_seconds"
             ) from None
         except TetherError:
             raise
@@ -178,9 +178,13 @@ def _told(name: str, fault: Exception, row: int | None, prompts: Sequence[Prompt
     kind = type(fault).__name__
     what = f"{kind}: {fault}" if str(fault) else kind
     if row is None:
-        return f"{name} failed on a batch of {len(responses)} responses: {what}"
+        return f"{name} failed on a batch of {_responses(len(responses))}: {what}"
     prompt, response = _short(plain_text(prompts[row])), _short(responses[row])
     return f"{name} failed on response {row}: {what}. Prompt: {prompt} Response: {response}"
+
+
+def _responses(count: int) -> str:
+    return f"{count} response{'s' * (count != 1)}"
 
 
 def _short(text: str) -> str:

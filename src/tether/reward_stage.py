@@ -56,6 +56,8 @@ class PairsReport:
     """Share of the pairs of unequal length whose longer side is chosen; None where there is none."""
     unequal: int
     """Pairs of unequal length."""
+    unread: str | None = None
+    """A column that looks like the prompt, where what both sides begin with was taken for it."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -66,6 +68,11 @@ class PairsReport:
                 f"longer answers win in these comparisons: the longer side is chosen in {self.longer_wins:.0%} of them "
                 f"({self.chosen_words:.0f} words against {self.rejected_words:.0f}), and a model that pays for length "
                 "alone would be as right. Balance the lengths, and watch length/mean."
+            )
+        if self.unread:
+            found.append(
+                f"what chosen and rejected begin with was taken for the prompt, and {self.unread} was not read; if "
+                f"that is the prompt, say prompt_column={self.unread!r} (--prompt-column {self.unread})"
             )
         if self.duplicates:
             found.append(
@@ -164,6 +171,7 @@ def report_on_pairs(pairs: Pairs) -> PairsReport:
         rejected_words=sum(rejected) / max(len(pairs), 1),
         longer_wins=sum(unequal) / len(unequal) if unequal else None,
         unequal=len(unequal),
+        unread=str(pairs.origin["unread"]) if "unread" in pairs.origin else None,
         **{name: number if isinstance(number, int) else 0 for name, number in counted.items()},
     )
 

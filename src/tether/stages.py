@@ -23,7 +23,7 @@ from tether.phases import phases
 from tether.prompts import TooLong
 from tether.recipe_files import load_recipe
 from tether.reward_model import MANIFEST_FILE as REWARD_MANIFEST
-from tether.reward_stage import LearnedReward, fit_pairs, learn_preferences, own_replies
+from tether.reward_stage import LearnedReward, fit_pairs, learn_preferences, own_replies, report_on_pairs
 from tether.reward_training import RewardTraining
 from tether.session import prepare_process
 from tether.sft_checkpoint import MANIFEST_FILE as SFT_MANIFEST
@@ -182,6 +182,7 @@ def main_reward(
         )  # fmt: skip
         pairs, samples = fit_pairs(pairs, base, too_long), reference_samples
         console.print(f"{len(pairs)} comparisons from {data}", soft_wrap=True)
+    _tell_warnings(report_on_pairs(pairs).warnings, console)
     said = {"epochs": epochs, "learning_rate": learning_rate, "batch_pairs": batch_pairs, "seed": seed}
     knobs = _training(said, usual, None if all_weights else top_layers or _layers(base, usual))
     with phases(console) as tell:
@@ -223,7 +224,7 @@ def _tell_reward(learned: LearnedReward, out: Path, console: Console) -> None:
     console.print(learned.report.line("reward"), soft_wrap=True)
     if learned.holdout_report is not None:
         console.print(learned.holdout_report.line("holdout"), soft_wrap=True)
-    _tell_warnings(learned.warnings, console)
+    _tell_warnings(learned.report.warnings, console)
     console.print(f"wrote {out}", soft_wrap=True)
 
 

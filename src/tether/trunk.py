@@ -84,7 +84,7 @@ class SplitBackbone:
         ids = probe.expand(2, -1)
         try:
             same = agree(self.frozen_top(ids, self.states(ids)), run_backbone(backbone, ids), SAME)
-        except (RuntimeError, IndexError, KeyError):
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):
             same = False
         if not same:
             raise ModelError(
