@@ -58,6 +58,12 @@ export class Curve {
     return this.n && this.xs[low]! <= step ? this.ys[low]! : NaN
   }
 
+  /** Mean of the finite values about place `i`, wider in a longer curve; at the start the value itself. */
+  around(i: number): number {
+    const reach = Math.min(i, 3 + Math.floor(this.n / 120))
+    return average(this.ys, i - reach, Math.min(this.n, i + reach + 1))
+  }
+
   /** Mean of the finite values among the last `count`. */
   recent(count: number): number {
     return average(this.ys, Math.max(0, this.n - count), this.n)
