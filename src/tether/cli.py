@@ -59,6 +59,7 @@ COMMANDS: dict[str, Command] = {
     "steer": Command("tether.steering", "main", "turn β and other knobs of a run while it trains; pause, step, stop"),
     "replay": Command("tether.replay", "main", "what was steered; --verify: the same run once more, bit by bit"),
     "ui": Command("tether.page.server", "main", "the page of a folder of runs, live, with the slider that pulls"),
+    "report": Command("tether.page.report", "main", "the page of a run as one file that works offline"),
     "runs": Command("tether.runs", "main_runs", "list the runs of a folder"),
     "check": Command("tether.checking", "main", "is the string attached? the verdict on a run, with its evidence"),
     "show": Command("tether.runs", "main_show", "one run as a table with sparklines"),
