@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test check mutants kill demo demo-nano clean bench
+.PHONY: setup test check mutants kill demo demo-nano clean bench faults
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tether wants Python 3.11 or newer; got " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 setup")'
@@ -40,6 +40,9 @@ bench: setup .venv-trl/.ready  ## one update against TRL's PPO; options as BENCH
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet -c constraints.txt -r bench/trl-requirements.txt
 	@touch $@
+
+faults: setup  ## plant every fault in many runs and rewrite docs/faults.md; goes on where it was stopped
+	$(BIN)/python bench/faults.py $(FAULTS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -175,7 +175,7 @@ KINDS = {
     "invariant": "An identity of every right run fails: it trips at once, and never by chance.",
     "statistic": "A fair game against chance: an honest run is alarmed with probability 0.001 at most, however long.",
     "guard": "A relation that right runs keep: it trips when it fails in 3 of 5 updates.",
-    "world": "The checks of the string say nothing of it: other judges and the samples do.",
+    "hack": "What a score is bought with: an alarm wants two independent families of evidence, or its own control.",
 }
 
 

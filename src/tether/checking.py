@@ -6,6 +6,7 @@ Exit code 0: attached and quiet. 1: alarmed. 2: misused (no such run, or no upda
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from tether.database import to_json
 from tether.errors import RunError
 from tether.runs import ROOT, find_run
 from tether.store import RunStore
-from tether.terminal import console_for_output
+from tether.terminal import console_for_output, short
 from tether.verdict import Standing, Verdict, judge
 
 if TYPE_CHECKING:
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
 
 QUIET, ALARMED, MISUSED = 0, 1, 2
 STYLES = {"NOT ATTACHED": "bold red", "SNAPPED": "bold red", "SLACK": "bold yellow", "TAUT": "bold yellow"}
+RIM = {
+    "the gain in score": "score_gain",
+    "as the hold-out judge sees it": "holdout_gain",
+    "as gold sees it": "gold_gain",
+    "at equal length": "eval/gain_at_equal_length",
+    "of the ceiling σ√(2K)": "string/efficiency",
+    "score a nat, of late": "string/slope",
+    "price of a nat, β": "beta",
+    "flatness, 1 → 0 at the optimum": "string/flatness",
+}
+"""What is told of every run beside its alarms."""
 
 
 def main(run: str, /, root: Path = ROOT, json: bool = False, pluck: bool = False) -> int:
@@ -78,6 +90,13 @@ def show(verdict: Verdict, console: Console) -> None:
     """The word, its reason, and every alarm with what to do."""
     console.print(verdict.word, style=STYLES.get(verdict.word, "bold green"), end=" ")
     console.print(f"after {verdict.updates} updates: {verdict.reason}", markup=False, highlight=False)
+    for label, name in RIM.items():
+        if math.isfinite(verdict.numbers.get(name, math.nan)):
+            console.print(f"  {label:<32} {short(verdict.numbers[name])}", markup=False, highlight=False)
+    ghost = [verdict.numbers.get(f"ghost/{what}", math.nan) for what in ("gain", "kl", "beta", "effective")]
+    if all(map(math.isfinite, ghost)):
+        told = "the reference's samples reach a gain of {:.2f} at {:.2g} nats (β = {:.2g}, {:.0f} effective samples)"
+        console.print("  " + told.format(*ghost), markup=False, highlight=False, soft_wrap=True)
     for alarm in verdict.alarms:
         _show_alarm(alarm, console)
 

@@ -263,6 +263,9 @@ class CheckSettings(Settings):
         "log", "Note it and go on; save and end; end; or end with the policy back at its last checkpoint", usual="log"
     )
     same_start: bool = knob(True, "Policy and reference are one model at the start; false where they differ on purpose")
+    words: str | None = knob(
+        None, "Folder with your own hedges.txt and opinions.jsonl, in the language of the replies; null = those shipped"
+    )
 
 
 class DataSettings(Settings):
@@ -351,9 +354,6 @@ class RunSettings(Settings):
         (), "Trackers beside the run's own store: tensorboard, wandb, trackio, mlflow, …", used="TRL all installed"
     )
 
-    def with_beta(self, beta: float) -> RunSettings:
-        """The same run on another string, all other knobs and seeds equal."""
-        reward = self.ppo.reward.model_copy(update={"beta": beta})
     @model_validator(mode="after")
     def _linear(self) -> RunSettings:
         if self.model.critic == "split" and self.ppo.reward.whiten:
@@ -364,6 +364,9 @@ class RunSettings(Settings):
             )
         return self
 
+    def with_beta(self, beta: float) -> RunSettings:
+        """The same run on another string, all other knobs and seeds equal."""
+        reward = self.ppo.reward.model_copy(update={"beta": beta})
         return self.model_copy(update={"ppo": self.ppo.model_copy(update={"reward": reward})})
 
     def with_seed(self, seed: int) -> RunSettings:

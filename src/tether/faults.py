@@ -61,14 +61,19 @@ def _nothing(stack: ExitStack) -> None:
 
 
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _weaker(run: RunSettings) -> Mapping[str, object]:
+    """A flaw of the reward is climbed on a weak string alone."""
+    return {"ppo.reward.beta": 0.1 * run.ppo.reward.beta}
+
+
 SETTINGS: Mapping[str, Callable[[RunSettings], Mapping[str, object]]] = {
+    **dict.fromkeys(("buzzwords", "sycophancy", "hedging", "exploit_token", "length", "over_optimised"), _weaker),
     "too_many_epochs": lambda run: {
         "ppo.update.epochs": 16,
         "ppo.update.early_stop_kl": None,
         "ppo.update.learning_rate": 8.0 * run.ppo.update.learning_rate,
     },
     "no_string": lambda run: {"ppo.reward.beta": 0.0, "ppo.reward.controller": "fixed"},
-    "over_optimised": lambda run: {"ppo.reward.beta": 0.1 * run.ppo.reward.beta},
     "value_too_big": lambda run: {"ppo.update.value_learning_rate": 1e-9},
     "adam_spike": lambda run: {"ppo.update.adam_epsilon": 1e-12, "ppo.update.early_stop_kl": None},
     "controller_hunts": lambda run: {

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import TracebackType
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from tether.alarms import Alarm
+from tether.alarms import FAILURES, Alarm
 from tether.batch import Reward, Rollout, plain_text
 from tether.chain import link
 from tether.checkpoint import Checkpoints, Identity
@@ -36,6 +36,7 @@ from tether.terminal import short, sparkline
 from tether.trainer import Record, Run
 from tether.watch import OnAlarm, Watch
 
+VERDICT_STYLES = {"NOT ATTACHED": "bold red", "SNAPPED": "bold red", "SLACK": "bold yellow", "TAUT": "bold yellow"}
 LINES_A_RUN = 20
 """Plain lines that a whole run prints where the output is no terminal."""
 HISTORY = 400
@@ -156,9 +157,9 @@ class Keeper:
     """The hash chain so far."""
 
     def __call__(self, record: Record) -> None:
-        alarms, over = self.watch.after(record)
         extra = judge_scores(self.judges, record.rollout) | {"memory/peak_bytes": peak_memory_bytes()}
-        metrics = record.metrics | extra | {"seconds/checks": self.watch.seconds}
+        alarms, over = self.watch.after(record, extra)
+        metrics = record.metrics | extra | dict(self.watch.numbers) | {"seconds/checks": self.watch.seconds}
         self.digest = link(self.digest, record)
         count = self.keep_samples if self.helm is None else self.helm.rudder.settings.keep_samples
         with self.store.update(record.step) as entry:
@@ -172,8 +173,8 @@ class Keeper:
                 entry.event(alarm.reason, alarm.payload(), alarm.severity)
             for reason in over:
                 entry.event("cleared", {"reason": reason})
-        self.screen.show(record.step, metrics)
         self.screen.warn(record.step, alarms)
+        self.screen.show(record.step, metrics, self.watch.word, self.watch.active)
         self.watch.act(alarms)
 
 
@@ -259,8 +260,8 @@ class Screen:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show one update."""
+    def show(self, step: int, metrics: Mapping[str, float], word: str = "", active: Collection[str] = ()) -> None:
+        """Show one update, the verdict on the run as it stands, and what speaks against it."""
         for name in PANEL:
             self.history.setdefault(name, deque(maxlen=HISTORY)).append(metrics[name])
         if self._live is None or self._progress is None:
@@ -271,7 +272,7 @@ class Screen:
         now = time.monotonic()
         if now - self._shown > 0.1 or step == self.steps - 1:
             self._shown = now
-            self._live.update(Group(self._progress, self._table(metrics)))
+            self._live.update(Group(self._progress, self._table(metrics, word, active)))
 
     def warn(self, step: int, alarms: Sequence[Alarm]) -> None:
         """Say what has gone wrong, above the panel."""
@@ -280,7 +281,7 @@ class Screen:
             told = f"update {step} {alarm.severity}: {alarm.failure.title}. {alarm.seen}. {alarm.remedy}"
             self.console.print(told, style=style, markup=False, highlight=False)
 
-    def _table(self, metrics: Mapping[str, float]) -> Table:
+    def _table(self, metrics: Mapping[str, float], word: str, active: Collection[str]) -> Table:
         table = Table(box=None, pad_edge=False, show_header=False)
         rows = {
             "reward (mean score)": ("score/mean", f"± {short(metrics['score/se'])} s.e., in σ"),
@@ -293,4 +294,7 @@ class Screen:
         }
         for label, (name, note) in rows.items():
             table.add_row(label, short(metrics[name]), sparkline(np.array(self.history[name])), f"[dim]{note}[/dim]")
+        if word:
+            told = ", ".join(FAILURES[name].title for name in active) or "no alarm"
+            table.add_row("the string is", f"[{VERDICT_STYLES.get(word, 'green')}]{word}[/]", "", f"[dim]{told}[/dim]")
         return table

@@ -183,7 +183,7 @@ class Session:
             Screen(self.console, knobs.steps, title, start) as screen,
             Control.open(self.store.path) as control,
         ):
-            watch = Watch(self.settings.checks.on_alarm, self.settings.checks.same_start)
+            watch = Watch.of(self.settings.checks)
             rudder = Rudder(self.settings)
             keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples, watch, self._pieces)
             run = Run(self.policy, judges.reward, prompts, knobs, keeper, watch.before)

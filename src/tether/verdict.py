@@ -19,14 +19,22 @@ from dataclasses import dataclass
 from tether.alarms import FAILURES, Alarm
 from tether.config import PPOSettings, RunSettings
 from tether.errors import RunError
+from tether.frontier import frontier_of
 from tether.guards import START, WINDOW, Trends
 from tether.records import Event
 from tether.store import RunStore
 
 WORDS = ("NOT ATTACHED", "SNAPPED", "SLACK", "TAUT", "HOLDING")
 """Gravest first."""
-PERSISTENT = ("invariant", "statistic")
-"""Kinds whose alarms are never cleared: what was wrong once is in the weights."""
+EVIDENCE = (
+    "score/mean", "score/holdout", "score/gold", "score/spread", "kl/mean", "beta", "entropy/per_token", "length/mean",
+    "string/efficiency", "string/slope", "string/flatness", "text/distinct_ratio", "text/overlap", "text/token_share",
+    "text/tokens_share", "text/length_share", "text/agreement", "eval/gain_at_equal_length", "eval/win_rate",
+)  # fmt: skip
+"""Metrics whose last values are told with the verdict."""
+GAINS = {"score/mean": "score_gain", "score/holdout": "holdout_gain", "score/gold": "gold_gain"}
+MILD = ("SLACK", "TAUT")
+"""Words that a warning may say."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +76,24 @@ def judge(store: RunStore) -> Verdict:
     if not len(steps):
         raise RunError(f"{store.path} has no update yet, so nothing can be said of its string; wait for the first one")
     alarms = _recorded(store.events()) if len(store.curve("seconds/checks").steps) else _replayed(store)
-    numbers = _numbers(store)
-    word = word_of(alarm.reason for alarm in alarms if alarm.lasts)
+    numbers = _numbers(store) | frontier_of(store)
+    word = word_of((alarm.reason, alarm.severity) for alarm in alarms if alarm.lasts)
     return Verdict(word, _reason(word, alarms, numbers), len(steps), alarms, numbers)
 
 
-def word_of(reasons: Iterable[str]) -> str:
-    """The gravest word among failures that last.
+def word_of(standing: Iterable[tuple[str, str]]) -> str:
+    """The gravest word among failures that last, each with its severity: a warning says SLACK or TAUT at most.
 
-    >>> word_of(["too_many_epochs"]), word_of(["string_slack", "kl_sign"])
+    >>> word_of([("too_many_epochs", "alarm")]), word_of([("string_slack", "warning"), ("kl_sign", "alarm")])
     ('HOLDING', 'NOT ATTACHED')
+    >>> word_of([("over_optimised", "warning")])
+    'HOLDING'
     """
-    said = {FAILURES[reason].verdict for reason in reasons if reason in FAILURES}
+    said = {
+        FAILURES[reason].verdict
+        for reason, severity in standing
+        if reason in FAILURES and (severity == "alarm" or FAILURES[reason].verdict in MILD)
+    }
     return next(word for word in WORDS if word in said or word == "HOLDING")
 
 
@@ -131,16 +145,20 @@ def _of_alarm(alarm: Alarm, step: int) -> Standing:
 
 
 def _numbers(store: RunStore) -> dict[str, float]:
-    curves = store.curves(("score/mean", "kl/mean", "beta", "entropy/per_token", "length/mean"))
+    curves = store.curves(EVIDENCE)
     means = {name: float(curve.values[-WINDOW:].mean()) for name, curve in curves.items() if len(curve.values)}
-    score = curves["score/mean"].values
-    return means | ({"score_gain": float(score[-WINDOW:].mean() - score[:START].mean())} if len(score) else {})
+    gains = {
+        gain: float(curves[name].values[-WINDOW:].mean() - curves[name].values[:START].mean())
+        for name, gain in GAINS.items()
+        if len(curves[name].values)
+    }
+    return means | gains
 
 
 def _reason(word: str, alarms: tuple[Standing, ...], numbers: Mapping[str, float]) -> str:
     """The first alarm that says the word; where it holds, the numbers that it rests on."""
     kl, beta, gain = (numbers.get(name, math.nan) for name in ("kl/mean", "beta", "score_gain"))
     for alarm in alarms:
-        if alarm.lasts and FAILURES[alarm.reason].verdict == word:
+        if alarm.lasts and word_of([(alarm.reason, alarm.severity)]) == word != "HOLDING":
             return f"{FAILURES[alarm.reason].title}: {alarm.seen} (update {alarm.step})"
     return f"K is {kl:.3g} nats a response, the score gained {gain:+.2f}, the string costs β·K = {beta * kl:.3g}"

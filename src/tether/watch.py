@@ -1,7 +1,8 @@
 """Watches a run: asks every check at its time, and says which alarms are new.
 
     before the policy moves   invariants of the update, probes of the models, sampler honesty
-    after                     the first minibatch's ratio, skipped steps, trends of the metrics
+                              what the text has become
+    after                     the first minibatch's ratio, skipped steps, trends of the metrics, honesty of the climb
 
 It only looks: no weight, no random stream and no number of the run is touched, so a run that is watched is the run that
 is not. What an alarm does to the run is `on_alarm`. Read next: `verdict.py`.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,11 +21,15 @@ import torch
 from tether.alarms import FAILURES, Alarm
 from tether.batch import Experience, Rewards, Rollout, Scores
 from tether.checks import Moment, Tolerance, check, check_outcome, check_start
+from tether.climb import Climb, Sign
+from tether.config import CheckSettings
 from tether.errors import AlarmError
 from tether.guards import Trends
+from tether.hacks import Hacks
 from tether.honesty import Distributions, Honesty
 from tether.probes import PassProbe, ReferenceProbe, RewardProbe, check_storage, fingerprint
 from tether.trainer import Record, Run
+from tether.verdict import word_of
 
 OnAlarm = Literal["log", "pause", "stop", "rollback"]
 """What an alarm does: an event only, or the end of the run: saved as it stands, not saved, or back at a checkpoint."""
@@ -41,6 +47,8 @@ EXPLAINS = {
     "nan": frozenset({"first_ratio"}),
 }
 """What follows from a failure, and is not told beside it."""
+PASSING = frozenset({"guard", "hack"})
+"""Kinds whose alarms can be over."""
 CLEAN_UPDATES = 10
 """After so many updates without it, a guard's alarm is cleared; what was wrong by an identity stays in the weights."""
 
@@ -52,19 +60,29 @@ class Watch:
     on_alarm: OnAlarm = "log"
     same_start: bool = True
     """Whether policy and reference are one model at the start; False where they differ on purpose."""
+    words: Path | None = None
+    """A folder with the user's own `hedges.txt` and `opinions.jsonl`."""
     active: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Alarms that last, with the update they were last seen in and their severity."""
     _found: list[Alarm] = field(default_factory=list)
     _seconds: float = 0.0
     _probes: _Probes | None = None
     _trends: Trends | None = None
+    _climb: Climb = field(default_factory=Climb)
+    _signs: list[Sign] = field(default_factory=list)
+    _numbers: dict[str, float] = field(default_factory=dict)
     _restored: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(settings: CheckSettings) -> Watch:
+        """As the settings have it."""
+        return Watch(settings.on_alarm, settings.same_start, None if settings.words is None else Path(settings.words))
 
     def before(self, run: Run, rollout: Rollout, scores: Scores, rewards: Rewards, experience: Experience) -> None:
         """Look at the update while the policy is still the one that sampled."""
         started, jumped = time.perf_counter(), list[Alarm]()
         if self._probes is None:
-            self._probes = _Probes.of(run, rollout)
+            self._probes = _Probes.of(run, rollout, self.words)
             self._trends = Trends(run.settings)
             jumped = list(self._take_up(run))
         probes = self._probes
@@ -75,28 +93,44 @@ class Watch:
         )
         with torch.no_grad():
             self._found = [*jumped, *check(moment), *probes.ask(moment)]
+            self._numbers, self._signs = probes.hacks.look(rollout, scores, run.step)
+        self._numbers |= flatness(rollout, scores, run.beta.value)
         if run.step == 0 and self.same_start:
             self._found += check_start(moment)
         self._seconds = time.perf_counter() - started
 
-    def after(self, record: Record) -> tuple[list[Alarm], list[str]]:
-        """The update's alarms that are new, and the names of those that are over."""
+    def after(self, record: Record, judged: Mapping[str, float] | None = None) -> tuple[list[Alarm], list[str]]:
+        """The update's alarms that are new, and the names of those that are over. `judged`: what judges that are not
+        climbed say of it, `score/holdout` and `score/gold`.
+        """
         started = time.perf_counter()
         found = list(self._found)
+        found += self._climb.check({**record.metrics, **(judged or {})}, self._signs)
+        self._numbers |= self._climb.numbers()
         if self._probes is not None and self._trends is not None:
             found += check_outcome(record.outcome, self._probes.tolerance)
             found += self._trends.check(record.metrics, distinct=len(set(record.rollout.texts)))
-        self._found = []
+        self._found, self._signs = [], []
         fresh = list(self._fresh(record.step, list(_once(found))))
         over = [
             name
             for name, (last, _) in self.active.items()
-            if FAILURES[name].kind == "guard" and record.step - last >= CLEAN_UPDATES
+            if FAILURES[name].kind in PASSING and record.step - last >= CLEAN_UPDATES
         ]
         for name in over:
             del self.active[name]
         self._seconds += time.perf_counter() - started
         return fresh, over
+
+    @property
+    def numbers(self) -> Mapping[str, float]:
+        """What the checks measured in the last update, under names of the catalogue."""
+        return self._numbers
+
+    @property
+    def word(self) -> str:
+        """The verdict on the run as it stands."""
+        return word_of((reason, severity) for reason, (_, severity) in self.active.items())
 
     @property
     def seconds(self) -> float:
@@ -111,6 +145,8 @@ class Watch:
             "active": self.active,
             "trends": self._trends.state(),
             "honesty": self._probes.honesty.state(),
+            "hacks": self._probes.hacks.state(),
+            "climb": self._climb.state(),
             "weights": fingerprint(self._probes.run.policy),
         }
 
@@ -134,6 +170,8 @@ class Watch:
             return
         self._trends.restore(state["trends"])
         self._probes.honesty.restore(state["honesty"])
+        self._probes.hacks.restore(state["hacks"])
+        self._climb.restore(state["climb"])
         now = fingerprint(run.policy)
         if state["weights"] != now:
             yield Alarm("resume_jump", f"the policy's weights are not those saved before update {run.step}",
@@ -163,9 +201,10 @@ class _Probes:
     reward: RewardProbe
     honesty: Honesty
     stops: frozenset[int]
+    hacks: Hacks
 
     @staticmethod
-    def of(run: Run, rollout: Rollout) -> _Probes:
+    def of(run: Run, rollout: Rollout, words: Path | None) -> _Probes:
         temperature = run.settings.sampling.temperature
         tolerance = Tolerance.of(next(iter(run.policy.trainable()["policy"])).dtype)
         stops = run.policy.stops if isinstance(run.policy, Distributions) else frozenset()
@@ -174,7 +213,7 @@ class _Probes:
             ReferenceProbe(run.policy, rollout, temperature, tolerance),
             RewardProbe(run.reward, rollout),
             Honesty(run.settings.seed, temperature, tolerance),
-            stops,
+            stops, Hacks(run, words, run.step),
         )  # fmt: skip
 
     def ask(self, moment: Moment) -> Iterator[Alarm]:
@@ -192,6 +231,19 @@ class _Probes:
     def _due(self, probe: str, step: int) -> bool:
         since = step - self.first
         return since in FIRST[probe] or (since > 0 and since % EVERY[probe] == 0)
+
+
+def flatness(rollout: Rollout, scores: Scores, beta: float) -> dict[str, float]:
+    """`string/flatness`: Var(r − β·Σℓ) over Var(r), within prompts where they have several responses, over all else.
+
+    At the optimum π_ref·e^{r/β}/Z(x), r − β·Σℓ is β·log Z(x), the same for every response to a prompt.
+    """
+    paid, texts = scores.totals.double(), [str(prompt) for prompt in rollout.prompts.texts]
+    groups = [[i for i, other in enumerate(texts) if other == text] for text in dict.fromkeys(texts)]
+    several = [group for group in groups if len(group) > 1] or [list(range(len(texts)))]
+    left = paid - beta * rollout.kl.double()
+    spreads = [sum(float(x[group].var(correction=0)) * len(group) for group in several) for x in (left, paid)]
+    return {"string/flatness": spreads[0] / spreads[1]} if spreads[1] > 1e-12 else {}
 
 
 def _once(alarms: Iterable[Alarm]) -> Iterator[Alarm]:

@@ -1,0 +1,153 @@
+"""Does the policy agree with whatever the user says? Paired prompts that differ in whose opinion it is.
+
+    opinions (data) + policy ──one forward pass──▶ how much likelier "yes" is than "no", for the user's and another's
+
+A third party's opinion is the control: a policy that learned facts moves alike on both, one that learned to please
+moves on the user's alone. The prompts and words are data in any language (`words/`, or a file of your own, one JSON
+object a line: `own`, `control`, `agree`, `disagree`). Read next: `hacks.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tether.batch import Sequences
+from tether.errors import ConfigError
+from tether.models import LanguagePolicy
+from tether.prompts import encode
+
+FOLDER = Path(__file__).with_name("words")
+OWN_FILE = "opinions.jsonl"
+SHIPPED = (OWN_FILE, "opinions-nano.jsonl")
+"""The first whose words the tokenizer knows is asked."""
+KEYS = frozenset({"own", "control", "agree", "disagree"})
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """One false opinion, held by the user and by somebody else."""
+
+    own: str
+    control: str
+    agree: tuple[str, ...]
+    """How a reply begins that agrees; the first token of each counts."""
+    disagree: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a policy has moved towards agreement since the start, nats of log-odds."""
+
+    own: float
+    """Mean over the pairs, where the user holds the opinion."""
+    control: float
+    """Where a third party does."""
+    own_t: float
+    """t of the first over the pairs."""
+    t: float
+    """t of own − control over the pairs."""
+    examples: tuple[str, ...]
+    """Prompts on which it agrees now and did not at the start."""
+
+
+def read_opinions(file: Path) -> tuple[Opinion, ...]:
+    """The pairs of a file. Raises ConfigError with the line that is none."""
+    opinions = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            opinions.append(Opinion(row["own"], row["control"], tuple(row["agree"]), tuple(row["disagree"])))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file}:{number} is no pair ({error!r}); wanted a JSON object with {', '.join(sorted(KEYS))}"
+            ) from error
+    return tuple(opinions)
+
+
+class OpinionProbe:
+    """The pairs, in the tokens of one policy, and its margins at the start."""
+
+    def __init__(self, policy: object, folder: Path | None = None) -> None:
+        self._policy = policy if isinstance(policy, LanguagePolicy) else None
+        self._opinions = () if self._policy is None else _known(self._policy.tokenizer, folder)
+        self.start: list[float] = []
+        """The margins at the start, those of the user's opinions first."""
+        if self._opinions and self._policy is not None:
+            asked = [each.own for each in self._opinions] + [each.control for each in self._opinions]
+            self._ids = encode(tuple(asked), self._policy.tokenizer)
+            self.start = self._margins().tolist()
+
+    def ask(self) -> Agreement | None:
+        """How the margins have moved; None where no pair can be asked."""
+        if not self._opinions:
+            return None
+        now, count = self._margins(), len(self._opinions)
+        moved = now - torch.tensor(self.start, dtype=torch.float64)
+        own, control = moved[:count], moved[count:]
+        flipped = [i for i in range(count) if self.start[i] <= 0.0 < float(now[i])]
+        return Agreement(
+            float(own.mean()), float(control.mean()), _t(own), _t(own - control),
+            tuple(self._opinions[i].own for i in flipped[:3]),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _margins(self) -> Float[Tensor, "prompts"]:
+        """log P(a word that agrees) − log P(one that does not) as the reply's first token, float64."""
+        assert self._policy is not None
+        opinions, tokenizer = self._opinions * 2, self._policy.tokenizer
+        agree, disagree = (
+            [_first(tokenizer, getattr(each, side)) for each in opinions] for side in ("agree", "disagree")
+        )
+        rows = [(*ids, words[0]) for ids, words in zip(self._ids, agree, strict=True)]
+        lengths = torch.tensor([len(row) - 1 for row in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()) + 1, dtype=torch.long)
+        for place, row in enumerate(rows):
+            ids[place, : len(row)] = torch.tensor(row)
+        there = self._policy.device
+        sequences = Sequences(ids.to(there), lengths.to(there), torch.ones_like(lengths).to(there))
+        said = torch.log_softmax(self._policy.logits_of(sequences).double().cpu(), dim=-1)
+        margins = [
+            torch.logsumexp(row[yes], dim=0) - torch.logsumexp(row[no], dim=0)
+            for row, yes, no in zip(said, agree, disagree, strict=True)
+        ]
+        return torch.stack(margins)
+
+
+def _t(x: Float[Tensor, "pairs"]) -> float:
+    """Mean over its standard error."""
+    error = float(x.std(correction=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+    return float(x.mean()) / (error + 1e-6)
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> tuple[Opinion, ...]:
+    """The opinions of the user's folder, else the first shipped set whose every word the tokenizer knows."""
+    files = [FOLDER / name for name in SHIPPED]
+    if folder is not None:
+        files = [folder / OWN_FILE] if (folder / OWN_FILE).is_file() else []
+    sets = (read_opinions(file) for file in files)
+    return next((opinions for opinions in sets if all(_understood(tokenizer, each) for each in opinions)), ())
+
+
+def _understood(tokenizer: PreTrainedTokenizerBase, opinion: Opinion) -> bool:
+    texts = (opinion.own, opinion.control, *opinion.agree[:1], *opinion.disagree[:1])
+    unknown = tokenizer.unk_token_id
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    return all(row and (unknown is None or unknown not in row) for row in ids)
+
+
+def _first(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
+    """The first token of each word, each once."""
+    unknown = tokenizer.unk_token_id
+    ids = [tokenizer(word, add_special_tokens=False).input_ids[0] for word in words]
+    return sorted({token for token in ids if token != unknown})
