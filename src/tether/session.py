@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from tether import __version__
 from tether.alarms import PLANTED
+from tether.bank import keep_bank
 from tether.batch import Reward
 from tether.checkpoint import Checkpoint, Checkpoints, Identity
 from tether.config import RunSettings
@@ -194,6 +195,8 @@ class Session:
                 run, self.store, rudder, saver.save, lambda: interrupt.wanted, self._say,
                 control, ahead=ahead,
             )  # fmt: skip
+            if self.settings.world == "nano" and run.step == 0:
+                self._keep_bank(identity)
             try:
                 train(run, self._between(saver, heldout, interrupt, helm))
             except AlarmError:
@@ -210,6 +213,16 @@ class Session:
         self.store.put("digests", dict(identity.digests))
         self.store.put("made_by", dict(identity.made_by))
         return identity
+
+    def _keep_bank(self, identity: Identity) -> None:
+        """Samples of the reference with their scores, which cost seconds here: what the page's ghost is made of."""
+        knobs, wanted = self.settings.ppo, self.settings.evaluation
+        prompts = self.task.heldout.first(min(wanted.best_of_prompts, len(self.task.heldout)))
+        copies = max(wanted.best_of, default=1)
+        source = source_of(prompts, self.policy, self.settings, 1, copies)
+        self.store.heartbeat(0, "evaluating")
+        judges = self.task.judges.all
+        keep_bank(self.store.path, identity.digests, self.policy, source, judges, knobs.sampling, knobs.seed)
 
     def _pieces(self, tokens: Sequence[int]) -> tuple[str, ...]:
         return pieces_of(self.policy.tokenizer, tokens)

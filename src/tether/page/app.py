@@ -54,6 +54,13 @@ SCAN_SECONDS = 2.0
 PING_SECONDS = 10
 SAVE_SECONDS = 60.0
 """How long a fork waits for the run to save itself."""
+NO_LESSON = {
+    "exact": {"betas": [], "frontier": [], "runs": []},
+    "nano": {"points": [], "curves": [], "texts": [], "bank": None},
+    "bandit": {"rows": []},
+    "command": "python bench/learn.py",
+}
+"""What the lesson has where its recording does not ship."""
 NOT_BUILT = """<!doctype html><meta charset="utf-8"><title>tether</title>
 <h1>The page is not built</h1><p>The server runs and answers: <a href="api/runs">api/runs</a>.</p>
 <p>Build the page once: <code>python -m tether.page.build</code>, then load this address again.</p>"""
@@ -412,7 +419,7 @@ def ghost_of(reader: Reader) -> facts.Facts:
 def learn_text() -> str:
     """The lesson's data, as JSON; empty where none ships."""
     file = files("tether.page").joinpath("learn.json")
-    return file.read_text("utf-8") if file.is_file() else '{"exact": null, "nano": null, "bandit": null, "command": ""}'
+    return file.read_text("utf-8") if file.is_file() else json.dumps(NO_LESSON)
 
 
 def metrics_facts() -> facts.Facts:
