@@ -60,6 +60,15 @@ def test_a_misspelt_or_misplaced_knob_is_answered_with_the_one_meant(name: str, 
     assert f"did you mean {meant}" in str(find_knob(name)), name
 
 
+def test_a_file_may_leave_groups_out_as_the_command_line_does() -> None:
+    settings, notes = read_settings({"ppo": {"learning_rate": 1e-3, "beta": 0.2}, "max_new_tokens": 7})
+    assert (settings.ppo.update.learning_rate, settings.ppo.reward.beta) == (1e-3, 0.2)
+    assert settings.ppo.sampling.max_new_tokens == 7
+    assert notes == []
+    with pytest.raises(ConfigError, match=r"ppo\.reward\.beta: given twice, as ppo\.reward\.beta and as ppo\.beta"):
+        read_settings({"ppo": {"reward": {"beta": 0.1}, "beta": 0.2}})
+
+
 # ── other libraries ─────────────────────────────────────────────────────────────────────────────────────────────────
 def test_every_alias_leads_to_a_knob_and_none_has_two_meanings() -> None:
     assert [alias.name for alias in TRANSLATED if alias.path not in knobs()] == []

@@ -3,9 +3,9 @@
     read_settings(recipe, overrides) → RunSettings        or one ConfigError that lists every fault:
                                                           path, what was got, what was wanted, "did you mean"
 
-In a file a knob stands at its place, `ppo: {reward: {beta: 0.1}}`. On the command line and in Python it may be named by
-any part of its path that leads to one knob only: `beta`, `ppo.beta`, `ppo.reward.beta`. The names of other libraries
-are taken from `aliases.py`, in both. Knows no torch and no file. Read next: `config.py`.
+In a file a knob stands at its place, `ppo: {reward: {beta: 0.1}}`. There, on the command line and in Python it may be
+named by any part of its path that leads to one knob only: `beta`, `ppo.beta`, `ppo.reward.beta`. The names of other
+libraries are taken from `aliases.py`, everywhere. Knows no torch and no file. Read next: `config.py`.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ class _Reading:
             elif path in SHORT and value is not None:
                 self._take(Named(SHORT[path]), path, value)
             elif path not in sections():
-                self._take(_foreign(path) or Fault(path, "there is no such knob" + did_you_mean(path)), path, value)
+                self._take(find_knob(path), path, value)
             elif value is not None:
                 self.faults.append(Fault(path, f"got {_shown(value)}; wanted knobs by name: {_members(path)}"))
 
