@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test check mutants kill demo demo-nano clean bench faults
+.PHONY: setup test check mutants kill demo demo-nano clean compat bench faults
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tether wants Python 3.11 or newer; got " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 setup")'
@@ -43,6 +43,15 @@ bench: setup .venv-trl/.ready  ## one update against TRL's PPO; options as BENCH
 
 faults: setup  ## plant every fault in many runs and rewrite docs/faults.md; goes on where it was stopped
 	$(BIN)/python bench/faults.py $(FAULTS)
+
+compat: setup .venv-trl0/.ready  ## tether.trl against TRL 0.11.4, number by number; COMPAT=--store rewrites the goldens
+	.venv-trl0/bin/python tests/compat/side.py trl .venv-trl0/theirs.pt
+	$(BIN)/python tests/compat/side.py tether.trl .venv-trl0/ours.pt
+	$(BIN)/python tests/compat/compare.py .venv-trl0/theirs.pt .venv-trl0/ours.pt $(COMPAT)
+.venv-trl0/.ready: tests/compat/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-trl0
+	.venv-trl0/bin/python -m pip install --quiet -c constraints.txt -r tests/compat/requirements.txt
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -123,7 +123,7 @@ class AdaptiveBeta:
 
     value: float
     target: float
-    horizon: int
+    horizon: float
 
     def after(self, kl: float, episodes: int) -> AdaptiveBeta:
         error = min(max(kl / self.target - 1.0, -ADAPTIVE_ERROR_CLIP), ADAPTIVE_ERROR_CLIP)
