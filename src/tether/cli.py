@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "ladder plain": Command("tether.ladder.plain", "main", "the whole of RLHF-PPO in the standard library", ValueError),
     "ladder skeleton": Command("tether.ladder.skeleton", "main", "rung 2: the four-model loop in torch, one file"),
+    "ladder library": Command("tether.ladder.library", "main", "rung 3: the lesson's listing with TRL's classic names"),
     "ladder exact": Command("tether.ladder.exact", "main", "PPO against an optimum that is known exactly"),
     "eval": Command("tether.evaluate_run", "main", "a run on held-out prompts: every judge, KL, win rate, best-of-n"),
     "recipes ls": Command("tether.recipe_files", "main_list", "the recipes that come with the program"),

@@ -77,9 +77,8 @@ class Minibatch:
     def variance(self, x: Tensor) -> Tensor:
         """With Bessel's correction: of one token alone it is NaN, of none 0."""
         count = self.mask.sum()
-        return (
-            self.mean((x - self.mean(x)) ** 2) * (count / (count - 1)) if count > 1 else torch.zeros_like(self.mean(x))
-        )
+        spread = self.mean((x - self.mean(x)) ** 2)
+        return spread * (count / (count - 1)) if count > 0 else spread
 
     @property
     def ratio(self) -> Tensor:
