@@ -89,6 +89,7 @@ export class RunView {
     if (!found) return
     this.commands = found.commands
     this.schedule = found.schedule
+    if (this.row) this.row = { ...this.row, steered: found.steered }
   }
 
   async loadEvents(): Promise<void> {
