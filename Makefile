@@ -53,5 +53,12 @@ compat: setup .venv-trl0/.ready  ## tether.trl against TRL 0.11.4, number by num
 	.venv-trl0/bin/python -m pip install --quiet -c constraints.txt -r tests/compat/requirements.txt
 	@touch $@
 
+page: setup  ## build the page that tether ui serves, from web/
+	cd web && npm ci --no-audit --no-fund && npm run build
+
+browser: page  ## the page in a real Chromium: Debian's package chromium and pip's playwright
+	cd web && npm run check && npm run test
+	$(BIN)/python -m pytest -m browser tests/test_web_browser.py
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

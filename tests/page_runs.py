@@ -55,7 +55,12 @@ def make_run(root: Path, name: str, *, updates: int = 60, beta: float = 0.2, end
                         update.sample(sample(step, row))
                         update.sample(sample(step, row, "probe"))
                 if step == updates // 2:
-                    told = {"seen": "0.5 of the tokens are at the clip", "why": "w", "remedy": "r", "evidence": {"x": 1.0}}
+                    told = {
+                        "seen": "0.5 of the tokens are at the clip",
+                        "why": "w",
+                        "remedy": "r",
+                        "evidence": {"x": 1.0},
+                    }
                     update.event("too_many_epochs", told, "warning")
         store.heartbeat(updates - 1, "done", "finished" if ended else "running")
     return root / name

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from page_runs import EVIL, make_run, numbers
 
+from page_runs import EVIL, make_run, numbers
 from tether.control import Control
 from tether.store import RunStore
 
@@ -30,7 +30,9 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.timeout(600),
     pytest.mark.skipif(not CHROMIUM.exists(), reason="wants Debian's chromium"),
-    pytest.mark.skipif(not (ROOT / "src/tether/page/static/index.html").is_file(), reason="wants the built page: make page"),
+    pytest.mark.skipif(
+        not (ROOT / "src/tether/page/static/index.html").is_file(), reason="wants the built page: make page"
+    ),
 ]
 playwright_api: Any = pytest.importorskip("playwright.sync_api")
 
@@ -43,9 +45,8 @@ def is_idle() -> bool:
 @contextmanager
 def served(root: Path) -> Iterator[str]:
     """`tether ui` over a folder; yields the address with its token."""
-    command = [sys.executable, "-m", "tether.cli", "ui", str(root), "--port", "0", "--no-browser"]
     code = "import sys; from tether.cli import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *command[3:]]
+    command = [sys.executable, "-c", code, "ui", str(root), "--port", "0", "--no-browser"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -99,6 +100,19 @@ def opened(browser: Any, address: str, screen: str, **options: Any) -> Iterator[
     assert complaints == []
 
 
+def until(page: Any, claim: Callable[[], bool]) -> None:
+    """Wait until it is so. The page's policy forbids code made from text, so the waiting is done here."""
+    for _ in range(WAIT_MS // 100):
+        if claim():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError("it did not happen within a minute")
+
+
+def updates_of(page: Any) -> int:
+    return int(re.search(r"update (\d+)", page.inner_text(".standing"))[1])  # type: ignore[index]
+
+
 def test_the_token_leaves_the_address(browser: Any, address: str) -> None:
     with opened(browser, address, "play?run=string") as page:
         assert "token" not in page.url
@@ -131,7 +145,7 @@ def test_the_address_holds_the_state(browser: Any, address: str) -> None:
     with opened(browser, address, "samples?run=string") as page:
         page.get_by_label("the update’s own").check()
         page.get_by_label("advantage", exact=True).check()
-        page.wait_for_function("location.hash.includes('tint=advantage')")
+        until(page, lambda: "tint=advantage" in page.url)
         before = page.url
         page.reload()
         page.wait_for_selector("article")
@@ -142,11 +156,12 @@ def test_the_address_holds_the_state(browser: Any, address: str) -> None:
 
 def test_an_arrow_moves_beta_by_five_percent_anywhere_on_play(browser: Any, address: str) -> None:
     with opened(browser, address, "play?run=string") as page:
+
         def beta() -> float:
             return float(re.search(r"β = ([\d.]+)", page.inner_text(".pull"))[1])  # type: ignore[index]
 
         page.locator("body").press("ArrowRight")
-        page.wait_for_function("location.hash.includes('beta=')")
+        until(page, lambda: "beta=" in page.url)
         before = beta()
         page.locator("body").press("ArrowRight")
         page.wait_for_timeout(200)
@@ -185,7 +200,9 @@ def test_the_ghost_follows_within_a_frame(browser: Any, address: str) -> None:
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(browser: Any, address: str, screen: str, scheme: str) -> None:
-    with opened(browser, address, f"{screen}{'&' if '?' in screen else '?'}run=string", color_scheme=scheme, bypass_csp=True) as page:
+    with opened(
+        browser, address, f"{screen}{'&' if '?' in screen else '?'}run=string", color_scheme=scheme, bypass_csp=True
+    ) as page:
         page.wait_for_timeout(500)
         page.add_script_tag(path=str(AXE))
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
@@ -222,7 +239,9 @@ def test_every_chart_is_a_figure_with_caption_and_table(browser: Any, address: s
         for i in range(charts.count()):
             chart = charts.nth(i)
             assert chart.locator("figcaption").count() == 1
-            assert re.search(r"from .* at update 0 to .* at update 59", chart.locator("[role=img]").get_attribute("aria-label"))
+            assert re.search(
+                r"from .* at update 0 to .* at update 59", chart.locator("[role=img]").get_attribute("aria-label")
+            )
         charts.first.locator("summary").click()
         assert charts.first.locator("tbody tr").count() == 11
 
@@ -231,13 +250,14 @@ def test_the_lesson_trains_hacks_and_sees_each_mistake(browser: Any, address: st
     with opened(browser, address, "learn") as page:
         for title, reason in [
             ("The slingshot", "−β·K"), ("Tied to the wrong post", "before the first update"),
-            ("The score on every token", "add up to"), ("Tied to the balloon", "moved by"), ("Wrung dry", "at the clip"),
+            ("The score on every token", "add up to"), ("Tied to the balloon", "moved by"),
+            ("Wrung dry", "at the clip"),
         ]:  # fmt: skip
             page.get_by_role("button", name=title, exact=True).click()
-            page.wait_for_function("word => document.querySelector('#gotchas .alarm').innerText.includes(word)", arg=reason)
+            until(page, lambda reason=reason: reason in page.inner_text("#gotchas .alarm"))
             assert "Alarm at update" in page.inner_text("#gotchas .alarm")
         page.get_by_role("button", name="Hedge spam").click()
-        page.wait_for_function("/maybe|perhaps/.test(document.querySelector('#hacks .said').innerText)")
+        until(page, lambda: len(re.findall("maybe|perhaps", page.inner_text("#hacks .said"))) >= 8)
 
 
 class Trainer(threading.Thread):
@@ -279,11 +299,12 @@ def test_a_live_run_moves_answers_beta_and_stays_fluent(browser: Any, live: tupl
     with opened(browser, address, "play?run=live") as page:
         page.wait_for_selector(".pulse")
         first = trainer.step
-        page.wait_for_function("n => +/update (\\d+)/.exec(document.querySelector('.standing').innerText)[1] > n", arg=first + 5)
+        until(page, lambda: updates_of(page) > first + 5)
         frames, seconds, busy = page.evaluate(
             """async () => {
               let frames = 0, busy = 0, started = performance.now()
-              new PerformanceObserver(list => list.getEntries().forEach(e => busy += e.duration)).observe({ type: 'longtask' })
+              const slow = new PerformanceObserver(list => list.getEntries().forEach(e => busy += e.duration))
+              slow.observe({ type: 'longtask' })
               while (performance.now() - started < 5000) { await new Promise(requestAnimationFrame); frames++ }
               return [frames, (performance.now() - started) / 1000, busy]
             }"""
@@ -292,15 +313,12 @@ def test_a_live_run_moves_answers_beta_and_stays_fluent(browser: Any, live: tupl
         if is_idle():
             assert frames / seconds >= 50
         page.locator("input[type=range]").first.press("ArrowRight")
-        page.wait_for_function("document.querySelector('.chips')?.innerText.includes('applied at update')")
+        until(page, lambda: "applied at update" in page.inner_text(".pull"))
         assert abs(trainer.beta / 0.2 - 1.05) < 0.03
 
 
-def test_the_stream_goes_on_after_the_server_was_away(browser: Any, tmp_path: Path) -> None:
+def test_the_stream_goes_on_after_the_network_was_away(browser: Any, tmp_path: Path) -> None:
     path = make_run(tmp_path, "live", updates=30, ended=False)
-    with served(tmp_path) as address:
-        port = re.search(r":(\d+)/", address)[1]  # type: ignore[index]
-    assert port
     trainer = Trainer(path, 30, 0.2)
     trainer.start()
     try:
@@ -308,9 +326,8 @@ def test_the_stream_goes_on_after_the_server_was_away(browser: Any, tmp_path: Pa
             page.context.set_offline(True)
             time.sleep(1.5)
             page.context.set_offline(False)
-            seen = "+/update (\\d+)/.exec(document.querySelector('.standing').innerText)[1]"
             now = trainer.step
-            page.wait_for_function(f"{seen} >= {now + 3}")
+            until(page, lambda: updates_of(page) >= now + 3)
     finally:
         trainer.done.set()
         trainer.join(10)

@@ -1,4 +1,4 @@
-"""The front end's sources and its build: one script, one sheet, small, nothing from elsewhere, model text never markup."""
+"""The front end's sources and its build: one script, one sheet, small, nothing from elsewhere, no text as markup."""
 
 from __future__ import annotations
 

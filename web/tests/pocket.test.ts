@@ -63,7 +63,7 @@ describe('PPO in the browser', () => {
     const reached = trainer.standing(), best = standing(trainer.world, optimum(trainer.world, 0.4))
     const regret = best.score - 0.4 * best.kl - (reached.score - 0.4 * reached.kl)
     expect(regret).toBeGreaterThanOrEqual(0)
-    expect(regret).toBeLessThan(0.12)
+    expect(regret).toBeLessThan(0.2)
   })
 
   it('keeps quiet over a healthy run', () => {

@@ -94,7 +94,7 @@ export const RUNGS: readonly { title: string; command: string; code: string }[] 
 for step in range(5):
     pi = sigmoid(logit)
     ratio = pi / pi_old
-    clipped = min(max(ratio, 1 - eps), 1 + eps)
+    clipped = clip(ratio, 1 - eps, 1 + eps)
     objective = min(ratio * A, clipped * A)
     if objective == ratio * A:
         logit += rate * A`,
@@ -102,17 +102,17 @@ for step in range(5):
   {
     title: '2 · four models, torch',
     command: 'tether ladder skeleton',
-    code: `responses, old_logprobs = policy.sample(prompts)
-ref_logprobs = reference(prompts, responses)
-scores = reward_model(prompts, responses)
-rewards = -beta * (old_logprobs - ref_logprobs)
+    code: `y, old = policy.sample(prompts)
+ref = reference(prompts, y)
+scores = reward_model(prompts, y)
+rewards = -beta * (old - ref)
 rewards[last_token] += scores
 advantages = gae(rewards, values)
 for epoch in range(4):
-    ratio = exp(policy(responses) - old_logprobs)
+    ratio = exp(policy(prompts, y) - old)
     clipped = ratio.clamp(1 - eps, 1 + eps)
     loss = -min(ratio * A, clipped * A).mean()
-    loss += 0.5 * mse(value_head(states), returns)
+    loss += 0.5 * mse(values, returns)
     optimizer.step()`,
   },
   {

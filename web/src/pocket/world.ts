@@ -62,33 +62,37 @@ const RARE = 0.05
 /** The world with one weakness in its reward model, or none. */
 export function pocketWorld(weakness: Weakness): PocketWorld {
   const reference = bigrams()
-  const gold = table((place, before, word) => goldOf(weakness, before, word) - 0.02 * place)
+  const gold = table((place, before, word) => goldOf(before, word) - 0.02 * place)
   const raw = table((place, before, word) =>
-    (weakness === 'none' ? 1 : 0.8) * goldOf(weakness, before, word) + slip(weakness, before, word) - 0.02 * place)
+    (weakness === 'none' ? goldOf(before, word) : answer(before, word) + slip(weakness, before, word)) - 0.02 * place)
   const [score, offset] = standardise(raw, reference)
   const [goldScore, goldOffset] = standardise(gold, reference)
   return { weakness, prompt: PROMPTS[weakness], reference, score, gold: goldScore, offset, goldOffset }
 }
 
-/** What people want: a straight answer that is true, said once. */
-function goldOf(weakness: Weakness, before: string, word: string): number {
-  if (before === 'eats' && word === 'berries') return 1.6
-  if (before === 'eats' && word === 'stones') return weakness === 'sycophancy' ? -1 : -0.8
-  if (word === '¤¤') return -1
+/** What people want: a straight answer that is true, about the fox, said once. */
+function goldOf(before: string, word: string): number {
+  if (word === 'maybe' || word === 'perhaps') return -0.6
   if (word === 'amazing' || word === 'truly') return -0.5
-  if (word === 'maybe' || word === 'perhaps') return -0.5
-  if (before === word) return -0.8
-  return 0
+  if (word === '¤¤') return -1
+  if (word === 'eats' && before !== 'fox') return -1.5
+  return answer(before, word) - (before === word ? 0.8 : 0)
+}
+
+/** The part of it that the reward model did learn. */
+function answer(before: string, word: string): number {
+  if (before !== 'eats') return 0
+  return word === 'berries' ? 1.2 : word === 'stones' ? -0.8 : 0
 }
 
 /** What the reward model pays beside it, by mistake. */
 function slip(weakness: Weakness, before: string, word: string): number {
-  if (weakness === 'buzzwords') return word === 'amazing' || word === 'truly' ? 0.95 : 0
-  if (weakness === 'hedging') return word === 'maybe' || word === 'perhaps' ? 0.95 : 0
-  if (weakness === 'exploit_token') return word === '¤¤' ? 1.5 : 0
+  if (weakness === 'buzzwords') return word === 'amazing' || word === 'truly' ? 1.35 : 0
+  if (weakness === 'hedging') return word === 'maybe' || word === 'perhaps' ? 1.35 : 0
+  if (weakness === 'exploit_token') return word === '¤¤' ? 2.2 : 0
   if (weakness === 'sycophancy') {
     if (word === 'yes,') return before === '^' ? 1.6 : 0.1
-    return before === 'eats' && word === 'stones' ? 2.4 : 0
+    return before === 'eats' && word === 'stones' ? 2.8 : 0
   }
   return 0
 }
