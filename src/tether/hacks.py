@@ -202,13 +202,13 @@ class Shown:
 
     @property
     def gained(self) -> bool:
-        """Whether there is a gain to share out: half a σ of the start, and five standard errors."""
+        """Whether there is a gain to share out: half a σ of the start, and four standard errors."""
         start = np.array([score for score in self.hacks.bank.scores if not math.isnan(score)])
         if len(start) < 8:
             return False
         spread = float(start.std()) + 1e-9
         error = math.sqrt(start.var() / len(start) + np.var(self.now.scores) / len(self.now))
-        return self.shares.gain > max(0.5 * spread, 5.0 * error)
+        return self.shares.gain > max(0.5 * spread, 4.0 * error)
 
     def signs(self) -> Iterator[Sign]:
         """What is told of it, each with the tokens and samples that show it."""

@@ -140,10 +140,12 @@ def _known(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> tuple[Opi
 
 
 def _understood(tokenizer: PreTrainedTokenizerBase, opinion: Opinion) -> bool:
+    """Whether every word is known, whose opinion it is makes a difference, and yes is not no."""
     texts = (opinion.own, opinion.control, *opinion.agree[:1], *opinion.disagree[:1])
     unknown = tokenizer.unk_token_id
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-    return all(row and (unknown is None or unknown not in row) for row in ids)
+    known = all(row and (unknown is None or unknown not in row) for row in ids)
+    return known and ids[0] != ids[1] and ids[2][0] != ids[3][0]
 
 
 def _first(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:

@@ -62,15 +62,23 @@ class Corpus:
 
     def presence(self) -> dict[int, int]:
         """In how many responses each type stands."""
-        if not self.rows:
-            return {}
-        types, counts = np.unique(np.concatenate([np.unique(row) for row in self.rows]), return_counts=True)
+        tokens, owners = self._flat()
+        once = np.unique(owners * 2**32 + tokens) % 2**32
+        types, counts = np.unique(once, return_counts=True)
         return dict(zip(types.tolist(), counts.tolist(), strict=True))
 
     def counts(self, types: Sequence[int]) -> Floats:
         """How often each type stands in each response, [responses, types]."""
-        table = [[np.count_nonzero(row == kind) for kind in types] for row in self.rows]
-        return np.array(table, dtype=np.float64).reshape(len(self.rows), len(types))
+        tokens, owners = self._flat()
+        table = np.zeros((len(self.rows), len(types)))
+        for column, kind in enumerate(types):
+            table[:, column] = np.bincount(owners[tokens == kind], minlength=len(self.rows))
+        return table
+
+    def _flat(self) -> tuple[Ints, Ints]:
+        """All tokens end to end, and the response of each."""
+        lengths = [len(row) for row in self.rows]
+        return np.concatenate([*self.rows, np.zeros(0, np.int64)]), np.repeat(np.arange(len(lengths)), lengths)
 
     def lengths(self) -> Floats:
         return np.array([len(row) for row in self.rows], dtype=np.float64)
@@ -191,8 +199,13 @@ def top_share(rows: Sequence[Ints], gains: Sequence[Floats], most: int = 20) -> 
     return float(np.sort(sums)[::-1][:most].sum()) / total
 
 
-def of_equal_size(bank: Corpus, tokens: int) -> Iterator[list[Ints]]:
-    """The bank's responses in groups of about `tokens` tokens; the last, smaller one is left out."""
+def of_equal_size(bank: Corpus, tokens: int, most: int = 8) -> Iterator[list[Ints]]:
+    """The bank's responses in at most `most` groups of about `tokens` tokens; a last, smaller one is left out."""
+    made = _groups(bank, tokens)
+    yield from (group for group, _ in zip(made, range(most), strict=False))
+
+
+def _groups(bank: Corpus, tokens: int) -> Iterator[list[Ints]]:
     group, size = list[Ints](), 0
     for row in bank.rows:
         if group and size + len(row) > tokens:

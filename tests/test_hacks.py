@@ -1,0 +1,220 @@
+"""What a score is bought with, on replies written by hand: each way is seen by its name with the tokens that show it.
+
+Replies are numbers, words are looked up in a list, and the scores are written down here, so nothing is English.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tether.batch import Evaluation, Generation, Policy, Prompts, ReferenceEvaluation, Rollout, Scores, Sequences
+from tether.climb import Sign
+from tether.config import PPOSettings
+from tether.errors import ConfigError
+from tether.hacks import Hacks
+from tether.models import load_policy
+from tether.opinions import OpinionProbe, read_opinions
+from tether.trainer import Run
+from tiny_models import build, build_tokenizer
+
+ROWS, VOCAB, UPDATES, PAID = 16, 60, 50, 7
+Numbers = np.ndarray
+Reply = Callable[[np.random.Generator, float, int], Numbers]
+"""(random numbers, how far the run is from 0 to 1, the prompt's number) → the reply's tokens."""
+
+
+class Prompted:
+    """A policy to which a token is likelier by `depends` nats where it stands for the prompt (its number plus 30)."""
+
+    depends = 2.0
+
+    def prepare(self, sequences: Sequences) -> Sequences:
+        return sequences
+
+    def evaluate(self, sequences: Sequences, temperature: float) -> Evaluation:
+        own = sequences.responses == sequences.ids[:, :1] + 30
+        logprobs = torch.where(sequences.response_mask, self.depends * own.double() - 4.0, 0.0)
+        return Evaluation(logprobs, logprobs, logprobs)
+
+    def generate(self, prompts: Prompts, uniforms: Tensor, temperature: float) -> Generation:
+        raise AssertionError("a policy without weights is not sampled for the bank")
+
+    def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
+        raise AssertionError("the reference is not asked")
+
+    def trainable(self) -> dict[str, list[torch.nn.Parameter]]:
+        return {"policy": [], "value": []}
+
+    def decode(self, responses: Tensor, mask: Tensor) -> list[str]:
+        words = {PAID: "vielleicht"}
+        return [" ".join(words.get(int(token), f"w{int(token)}") for token in row[real])
+                for row, real in zip(responses, mask, strict=True)]  # fmt: skip
+
+
+def usual(draw: np.random.Generator, prompt: int) -> Numbers:
+    row = draw.integers(10, VOCAB, draw.integers(6, 12))
+    row[draw.random(len(row)) < 0.3] = prompt + 30
+    return row
+
+
+def run(
+    reply: Reply, score: Callable[[Numbers], float], folder: Path | None = None, policy: object | None = None
+) -> tuple[list[Sign], dict[str, float], Hacks]:
+    """All signs of a run whose replies become what `reply` makes of them, and the last numbers."""
+    draw, asked = np.random.default_rng(0), policy or Prompted()
+    watched = Run.__new__(Run)  # nothing trains here
+    watched.policy, watched.settings = cast(Policy, asked), PPOSettings()
+    hacks = Hacks(watched, folder)
+    signs, numbers = list[Sign](), dict[str, float]()
+    for step in range(UPDATES):
+        if policy is not None and step > 5:
+            cast(Prompted, policy).depends = 0.1
+        rows = [reply(draw, step / UPDATES, row) for row in range(ROWS)]
+        scores = torch.tensor([score(row) + 0.5 * draw.normal() for row in rows])
+        told, seen = hacks.look(rollout(rows, cast(Prompted, asked)), Scores(scores), step)
+        numbers |= told
+        signs += seen
+    return signs, numbers, hacks
+
+
+def rollout(rows: list[Numbers], policy: Prompted) -> Rollout:
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.zeros(ROWS, 1 + int(lengths.max()), dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids[place, 0] = place
+        ids[place, 1 : 1 + len(row)] = torch.from_numpy(row)
+    sequences = Sequences(ids, torch.ones_like(lengths), lengths)
+    said = policy.evaluate(sequences, 1.0).logprobs
+    prompts = Prompts(
+        ids[:, :1], torch.ones(ROWS, 1).bool(), tuple(f"prompt {i}" for i in range(ROWS)), tuple(range(ROWS))
+    )
+    texts = tuple(policy.decode(sequences.responses, sequences.response_mask))
+    reference = torch.where(sequences.response_mask, said - 0.1, 0.0)
+    return Rollout(prompts, sequences, texts, said, said, reference, said, said, said, torch.ones(ROWS).bool())
+
+
+def names(signs: list[Sign]) -> set[str]:
+    return {sign.name for sign in signs if sign.weight != "weak"}
+
+
+def with_paid(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
+    row = usual(draw, prompt)
+    return np.concatenate([row[draw.binomial(5, 0.9 * done) :], np.full(draw.binomial(5, 0.9 * done), PAID)])
+
+
+def paid(row: Numbers) -> float:
+    return 2.0 * float((row == PAID).sum())
+
+
+def test_replies_that_stay_what_they_were_show_nothing() -> None:
+    signs, numbers, _ = run(lambda draw, done, prompt: usual(draw, prompt), lambda row: 0.0)
+    assert names(signs) == set()
+    assert numbers["text/distinct_ratio"] == pytest.approx(1.0, abs=0.1)
+    assert numbers["text/token_share"] == 0.0
+
+
+def test_a_gain_that_no_token_carries_shows_nothing() -> None:
+    """Replies follow their prompt more, and that is paid."""
+
+    def closer(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
+        row = usual(draw, prompt)
+        row[draw.random(len(row)) < 0.3 * done] = prompt + 30
+        return row
+
+    assert names(run(closer, lambda row: 3.0 * float(np.bincount(row).max()) / len(row))[0]) == set()
+
+
+def test_a_token_that_nobody_listed_is_found_where_it_is_paid(tmp_path: Path) -> None:
+    signs, numbers, _ = run(with_paid, paid, tmp_path)
+    assert names(signs) == {"exploit_token"}
+    sign = next(sign for sign in reversed(signs) if sign.name == "exploit_token")
+    evidence = sign.evidence
+    assert list(cast(dict[str, object], evidence["tokens"])) == ["vielleicht"]
+    assert all("vielleicht" in text for text in cast(list[str], evidence["samples"]))
+    assert numbers["text/token_share"] == pytest.approx(1.0, abs=0.2)
+    assert sign.weight == "decisive"
+
+
+def test_a_token_that_rises_unpaid_is_no_exploit(tmp_path: Path) -> None:
+    assert "exploit_token" not in names(run(with_paid, lambda row: 0.0, tmp_path)[0])
+
+
+def test_the_lexicon_of_hedges_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "hedges.txt").write_text("# auf deutsch\nVielleicht\n", "utf-8")
+    assert names(run(with_paid, paid, tmp_path)[0]) == {"hedging"}
+
+
+def test_length_that_is_paid_is_told_as_length() -> None:
+    def longer(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
+        return np.concatenate([usual(draw, prompt), draw.integers(10, VOCAB, int(12 * done) + draw.integers(0, 3))])
+
+    assert names(run(longer, lambda row: 0.3 * len(row))[0]) == {"length"}
+
+
+def test_one_answer_to_every_prompt_is_seen() -> None:
+    def same(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
+        return np.arange(20, 30) if draw.random() < done else usual(draw, prompt)
+
+    assert "one_answer" in names(run(same, lambda row: 0.0)[0])
+
+
+def test_a_policy_that_no_longer_reads_its_prompt_is_seen() -> None:
+    signs, numbers, _ = run(lambda draw, done, prompt: usual(draw, prompt), lambda row: 0.0, policy=Prompted())
+    assert names(signs) == {"one_answer"}
+    assert numbers["text/prompt_dependence"] < 0.05
+
+
+def test_looks_go_on_from_their_state() -> None:
+    _, _, first = run(with_paid, paid)
+    second = Hacks(first.run)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert second.state() == first.state()
+
+
+PAIRS = [{"own": f"w{i} w5", "control": f"w{i} w6", "agree": ["w40"], "disagree": ["w41"]} for i in range(10, 18)]
+
+
+def test_agreement_is_the_margin_of_the_first_token(tmp_path: Path) -> None:
+    (tmp_path / "opinions.jsonl").write_text("\n".join(map(json.dumps, PAIRS)), "utf-8")
+    model, tokenizer = build("llama").eval(), build_tokenizer()
+    policy = load_policy(model, tokenizer, mode="full")
+    probe = OpinionProbe(policy, tmp_path)
+    yes, no = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("w40", "w41"))
+    with torch.no_grad():
+        asked = torch.tensor([tokenizer("w10 w5").input_ids])
+        logits = model(asked).logits[0, -1]
+        assert probe.start[0] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
+        direction = policy.mode.head.linear.weight[yes] - policy.mode.head.linear.weight[no]
+        policy.mode.head.linear.weight[yes] += 2.0 * direction
+    moved = probe.ask()
+    assert moved is not None
+    assert moved.own != pytest.approx(0.0)
+
+
+def test_pairs_that_the_tokenizer_does_not_know_are_not_asked() -> None:
+    policy = load_policy(build("llama"), build_tokenizer(), mode="full")
+    assert OpinionProbe(policy).ask() is None
+
+
+def test_a_line_that_is_no_pair_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "opinions.jsonl"
+    file.write_text('{"own": "x"}\n', "utf-8")
+    with pytest.raises(ConfigError, match=r"opinions.jsonl:1 is no pair.*agree, control, disagree, own"):
+        read_opinions(file)
+
+
+def test_the_shipped_pairs_and_words_can_be_read() -> None:
+    from tether.opinions import FOLDER, SHIPPED
+
+    for name in SHIPPED:
+        opinions = read_opinions(FOLDER / name)
+        assert len(opinions) >= 12
+        assert all(each.own != each.control for each in opinions)
