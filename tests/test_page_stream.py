@@ -164,7 +164,7 @@ def test_the_binary_form_is_what_its_description_says() -> None:
 
 
 # ── runs in threads of their own ────────────────────────────────────────────────────────────────────────────────────
-def test_a_run_on_a_disk_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
+def test_a_run_on_a_disk_that_hangs_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path, "quick")
     make_run(tmp_path, "slow")
 
@@ -177,8 +177,9 @@ def test_a_run_on_a_disk_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
         assert time.monotonic() - begun < 1.0
         with pytest.raises(Slow, match="did not answer within"):
             await hung
+        monkeypatch.setattr("tether.page.library.PATIENCE", 0.1)
         with pytest.raises(Slow, match="does not answer"):  # at once, without waiting again
-            await shelves["slow"].ask(lambda reader: reader.cursor())
+            await shelves["slow"].ask(lambda reader: reader.cursor(), patience=1000.0)
         await asyncio.sleep(1.6)
         assert (await shelves["slow"].ask(lambda reader: reader.cursor())).update == 5
 

@@ -52,6 +52,8 @@ LAST_STEP = 2**62
 MOST_PENDING = 200
 SCAN_SECONDS = 2.0
 PING_SECONDS = 10
+GRACE_SECONDS = 1.0
+"""For a stream to end when the server does."""
 SAVE_SECONDS = 60.0
 """How long a fork waits for the run to save itself."""
 NO_LESSON = {
@@ -292,7 +294,10 @@ class Page:
         cursors = read_cursors(request.headers.get("last-event-id") or request.query_params.get("cursor", ""))
         here = {shelf.id for shelf in shelves}
         told = Stream(self.library, shelves, {run: at for run, at in cursors.items() if run in here}, self._lists)
-        return EventSourceResponse(told.messages(), ping=PING_SECONDS, headers={"Cache-Control": "no-store"})
+        return EventSourceResponse(
+            told.messages(), ping=PING_SECONDS, headers={"Cache-Control": "no-store"},
+            shutdown_event=told.ending, shutdown_grace_period=GRACE_SECONDS,
+        )  # fmt: skip
 
     # ── wishes ──────────────────────────────────────────────────────────────────────────────────────────────────────
     async def command(self, request: Request) -> Response:

@@ -23,8 +23,8 @@ from tether.page.reading import Reader
 from tether.runs import run_folders
 
 Answer = TypeVar("Answer")
-PATIENCE = 5.0
-"""Seconds that a question to one run may take."""
+PATIENCE = 10.0
+"""Seconds that a question to one run may take; a run that has owed an answer for longer is asked no more meanwhile."""
 GLANCE = 1.0
 """Seconds that the list waits for one run's summary."""
 IDLE = 60.0
@@ -45,11 +45,13 @@ class Worker:
         self._questions: queue.SimpleQueue[tuple[Future, Callable[[], object]]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._stuck: Future | None = None
+        self._owed: tuple[Future, float] | None = None
+        """The oldest question that somebody gave up waiting for, and when it was asked."""
 
     async def ask(self, question: Callable[[], Answer], patience: float) -> Answer:
         """The answer, or `Slow` where it takes longer; the thread goes on waiting for it."""
-        if self._stuck is not None and not self._stuck.done():
+        now = time.monotonic()
+        if self._owed is not None and not self._owed[0].done() and now - self._owed[1] > PATIENCE:
             raise Slow(f"{self._name}: its disk does not answer; other runs do")
         future: Future[Answer] = Future()
         with self._lock:
@@ -60,7 +62,8 @@ class Worker:
         try:
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), patience)
         except TimeoutError as error:
-            self._stuck = future
+            if self._owed is None or self._owed[0].done():
+                self._owed = (future, now)
             raise Slow(f"{self._name}: its disk did not answer within {patience:.0f} s; other runs do") from error
 
     def _work(self) -> None:

@@ -41,7 +41,7 @@ UNBUILT = "the page is not built, so there is nothing to write the run into; bui
 Facts = dict[str, object]
 
 
-def main(run: str, /, *others: str, root: Path = ROOT, out: Path | None = None) -> None:
+def main(run: str, others: tuple[str, ...] = (), /, root: Path = ROOT, out: Path | None = None) -> None:
     """Write the page of a run, with its data, into one file that works offline.
 
     Args:

@@ -14,6 +14,7 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def serve(what: Serving, sockets: Sequence[socket.socket], address: str | None) 
     )  # fmt: skip
     if address is not None and _has_screen():
         webbrowser.open(f"{address}?token={what.tokens[0]}")
-    uvicorn.Server(config).run(list(sockets))
+    with suppress(KeyboardInterrupt):  # uvicorn passes Ctrl-C on when all is closed
+        uvicorn.Server(config).run(list(sockets))
     print("the page is closed; what trains goes on", file=sys.stderr)
 
 

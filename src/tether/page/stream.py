@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
+import anyio
 from sse_starlette import ServerSentEvent
 
 from tether.database import to_json
@@ -26,6 +27,7 @@ POLL_SECONDS, POLL_OVER = 0.2, 2.0
 BEAT_SECONDS = 2.0
 VERDICT_SECONDS = 2.0
 MOST_RUNS = 16
+END = "end"
 WAITING = 64
 """Messages that wait for a slow browser before its runs are asked no more."""
 
@@ -100,16 +102,20 @@ class Stream:
     """Where each run stands; one that is not in it begins now."""
     lists: Callable[[], tuple[int, list[object]]]
     """A number that changes with the list of runs, and the jobs."""
+    ending: anyio.Event = field(default_factory=anyio.Event)
+    """Set when the server ends."""
     _queue: asyncio.Queue[Message] = field(default_factory=lambda: asyncio.Queue(WAITING))
 
     async def messages(self) -> AsyncIterator[ServerSentEvent]:
         """Until the browser goes or the server ends."""
         tasks = [asyncio.create_task(self._follow(shelf)) for shelf in self.shelves]
-        tasks.append(asyncio.create_task(self._follow_lists()))
+        tasks += [asyncio.create_task(self._follow_lists()), asyncio.create_task(self._end())]
         try:
             yield ServerSentEvent(comment="tether", retry=1000)
             while True:
                 message = await self._queue.get()
+                if message.event == END:
+                    return
                 if message.cursor is not None:
                     self.cursors[message.run] = message.cursor
                 yield ServerSentEvent(
@@ -118,6 +124,10 @@ class Stream:
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _end(self) -> None:
+        await self.ending.wait()
+        await self._queue.put(Message(END, {}))
 
     async def _follow(self, shelf: Shelf) -> None:
         """Tell one run's news for as long as the stream lasts."""
