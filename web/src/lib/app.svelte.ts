@@ -136,6 +136,7 @@ function hear(view: RunView, event: string, data: Record<string, unknown>): void
       break
     case 'events':
       view.events = [...view.events, ...of<typeof view.events>('events')]
+      if (of<typeof view.events>('events').some((event) => event.severity !== 'info')) void view.loadVerdict()
       break
     case 'commands':
       view.heardCommands(of('commands'))
