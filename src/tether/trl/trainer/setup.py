@@ -43,7 +43,7 @@ def checked(
     if lr_scheduler is not None and not isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
         raise InputError(f"lr_scheduler is a {type(lr_scheduler).__name__}; wanted one of torch.optim.lr_scheduler")
     if dataset is None:
-        warnings.warn("no dataset was given: batches are yours, of config.batch_size each", stacklevel=4)
+        warnings.warn("no dataset was given: batches are yours, of config.batch_size each", stacklevel=3)
     if config.push_to_hub_if_best_kwargs and "repo_id" not in config.push_to_hub_if_best_kwargs:
         raise ConfigError("push_to_hub_if_best_kwargs has no repo_id; wanted the repository to push to")
     assert isinstance(model, PreTrainedModelWrapper)
