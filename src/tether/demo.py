@@ -23,6 +23,7 @@ from rich.table import Table
 from tether.config import RunSettings
 from tether.errors import ModelError, RunError
 from tether.evaluation import BestOf, draw_best_of_n
+from tether.page.report import write_report
 from tether.plots import BestOfN, Trail, moving_mean, plot_curves, plot_frontier
 from tether.recipe_files import load_recipe
 from tether.records import Sample
@@ -84,7 +85,18 @@ def main(
         print(jsonlib.dumps(summary(outcome)))
         return
     print_summary(outcome, console)
-    console.print("\n".join(f"wrote {path}" for path in [*pictures, *folders.values()]), soft_wrap=True)
+    written = [*pictures, *folders.values(), *_report(list(folders.values()), out / "report.html", console)]
+    console.print("\n".join(f"wrote {path}" for path in written), soft_wrap=True)
+    console.print(f"look at both runs, and drag β on a live one: tether ui {out / 'runs'} --play", soft_wrap=True)
+
+
+def _report(folders: Sequence[Path], target: Path, console: Console) -> list[Path]:
+    """The page of both runs in one offline file; none where the page is not built."""
+    try:
+        return [write_report(folders, target)]
+    except RunError as error:
+        console.print(str(error), soft_wrap=True)
+        return []
 
 
 def _open_or_fall_back(name: WorldName, console: Console) -> World:

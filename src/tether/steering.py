@@ -218,9 +218,7 @@ def conflict(command: Command, last: Mapping[str, tuple[int, str]], paths: Seque
 
 
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def main(
-    run: str, wishes: tuple[str, ...] = (), /, root: Path = ROOT, wait: float = 60.0, json: bool = False
-) -> int:
+def main(run: str, wishes: tuple[str, ...] = (), /, root: Path = ROOT, wait: float = 60.0, json: bool = False) -> int:
     """Steer a run that trains: tether steer RUN beta=0.1 · pause · resume · step · step=5 · checkpoint · stop
 
     Args:
