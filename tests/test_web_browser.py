@@ -243,7 +243,7 @@ def test_every_chart_is_a_figure_with_caption_and_table(browser: Any, address: s
                 r"from .* at update 0 to .* at update 59", chart.locator("[role=img]").get_attribute("aria-label")
             )
         charts.first.locator("summary").click()
-        assert charts.first.locator("tbody tr").count() == 11
+        until(page, lambda: charts.first.locator("tbody tr").count() == 11)
 
 
 def test_the_lesson_trains_hacks_and_sees_each_mistake(browser: Any, address: str) -> None:
@@ -258,6 +258,39 @@ def test_the_lesson_trains_hacks_and_sees_each_mistake(browser: Any, address: st
             assert "Alarm at update" in page.inner_text("#gotchas .alarm")
         page.get_by_role("button", name="Hedge spam").click()
         until(page, lambda: len(re.findall("maybe|perhaps", page.inner_text("#hacks .said"))) >= 8)
+
+
+def test_the_reader_sweeps_beta_with_one_press(browser: Any, address: str) -> None:
+    with opened(browser, address, "learn") as page:
+        page.get_by_role("button", name="Train one pocket run").click()
+        until(page, lambda: "β = 3" in page.inner_text("#beta figure >> nth=0"))
+        cut = page.locator("#beta .pick input")
+        cut.fill("0")
+        gain = re.search(r"At rest: score (\S+) at (\S+) nats, gold (\S+)\.", page.inner_text("#beta"))
+        assert gain
+        score, drift, gold = (float(number.replace("−", "-")) for number in gain.groups())
+        assert score > 4
+        assert drift > 8
+        assert gold < -1
+
+
+def test_a_report_shows_the_same_without_any_server(browser: Any, runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    code = "import sys; from tether.cli import main; main(sys.argv[1:])"
+    subprocess.run(
+        [sys.executable, "-c", code, "report", str(runs / "string"), "--out", str(file)],
+        check=True,
+        capture_output=True,
+    )
+    asked: list[str] = []
+    with opened(browser, file.as_uri(), "samples?run=string", offline=True) as page:
+        assert EVIL in page.inner_text("main")
+        page.on("request", lambda request: asked.append(request.url))
+        for screen in SCREENS:
+            page.goto(f"{file.as_uri()}#/{screen}")
+            page.wait_for_selector("main h1", state="attached")
+        assert page.get_by_role("button", name="cut the string").count() == 0
+        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
 class Trainer(threading.Thread):
