@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from tether.trl.core import LengthSampler, set_seed
 from tether.trl.extras import BestOfNSampler
+from tether.trl.import_utils import is_diffusers_available, is_liger_kernel_available
 from tether.trl.missing import complain
 from tether.trl.models import (
     SUPPORTED_ARCHITECTURES,
@@ -51,6 +52,8 @@ __all__ = [
     "get_kbit_device_map",
     "get_peft_config",
     "get_quantization_config",
+    "is_diffusers_available",
+    "is_liger_kernel_available",
     "set_seed",
 ]
 

@@ -19,12 +19,12 @@ import torch
 from tether.errors import RunError
 
 if TYPE_CHECKING:
-    from tether.trl.trainer.ppo_trainer import PPOTrainer
+    from tether.trl.trainer.base import BaseTrainer
 
 STATE_FILE = "trainer_state.pt"
 
 
-def save(trainer: PPOTrainer, folder: str | Path) -> Path:
+def save(trainer: BaseTrainer, folder: str | Path) -> Path:
     """Write the state; returns the file. Raises RunError where it cannot be written."""
     target = Path(folder) / STATE_FILE
     aside = target.with_suffix(".part")
@@ -37,7 +37,7 @@ def save(trainer: PPOTrainer, folder: str | Path) -> Path:
     return target
 
 
-def load(trainer: PPOTrainer, folder: str | Path) -> None:
+def load(trainer: BaseTrainer, folder: str | Path) -> None:
     """Go on from what `save` wrote, with the same model, optimiser and config. Raises RunError where they differ."""
     file = Path(folder) / STATE_FILE
     if not file.is_file():
@@ -60,7 +60,7 @@ def load(trainer: PPOTrainer, folder: str | Path) -> None:
     _restore_random(state["random"])
 
 
-def _state(trainer: PPOTrainer) -> dict[str, Any]:
+def _state(trainer: BaseTrainer) -> dict[str, Any]:
     scheduler = trainer.lr_scheduler
     return {
         "weights": {name: weight.detach().cpu() for name, weight in _trained(trainer).items()},
@@ -73,7 +73,7 @@ def _state(trainer: PPOTrainer) -> dict[str, Any]:
     }
 
 
-def _trained(trainer: PPOTrainer) -> dict[str, torch.nn.Parameter]:
+def _trained(trainer: BaseTrainer) -> dict[str, torch.nn.Parameter]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
