@@ -15,7 +15,7 @@ from rich.console import Console
 from resumable import count_words, left_behind, settings_of, task_of
 from tether.batch import Prompt
 from tether.control import Control
-from tether.errors import ConfigError, InputError, StopError
+from tether.errors import ConfigError, InputError, RunError, StopError
 from tether.helm import Rudder
 from tether.replay import verify_run
 from tether.resuming import resume_run
@@ -107,13 +107,7 @@ def test_the_schedule_holds_what_the_knobs_really_were(course: tuple[Task, Path]
 
 def test_a_steered_run_that_was_cut_short_goes_on_bit_by_bit(course: tuple[Task, Path], tmp_path: Path) -> None:
     """As after a kill: the last checkpoint is of update 2, the rows go to 5, and β was on its way."""
-    import shutil
-
-    task, whole = course
-    torn = tmp_path / "run"
-    shutil.copytree(whole, torn)
-    for late in torn.glob("checkpoints/step-*"):
-        shutil.rmtree(late)
+    whole = course[1]
     root = tmp_path / "again"
     root.mkdir()
     # the same run with a checkpoint that is kept of update 2, where β is at 1.0 after its second step
@@ -131,6 +125,34 @@ def test_a_steered_run_that_was_cut_short_goes_on_bit_by_bit(course: tuple[Task,
         resume_run(run, lambda _: own, QUIET)
         assert left_behind(run) == expected, step
         assert outcomes(run) == [(1, 1, "applied"), (2, 3, "applied"), (3, 4, "applied")]
+
+
+def test_what_is_asked_of_a_resumed_run_waits_for_what_had_been_asked_before(tmp_path: Path) -> None:
+    wishes = {0: ask("set", beta=1.0), 2: ask("set", beta=0), 3: ask("set", learning_rate=2e-4)}
+    own, run = steered(tmp_path, "run", wishes, checkpoint={"every": 1, "keep": 9})
+    (run / "checkpoints" / "latest").write_text("step-000002\n")
+    with RunStore.open(run, readonly=False) as store:
+        store.heartbeat(5, "recorded")
+    ask("set", beta=0.5)(run)
+    resume_run(run, lambda _: own, QUIET)
+    assert betas(run) == [0.1, 0.4, 1.0, 0.0, 0.0, 0.04]
+    assert outcomes(run) == [(1, 1, "applied"), (2, 3, "applied"), (3, 4, "applied"), (4, 5, "applied")]
+
+
+def test_a_run_whose_process_is_gone_is_not_steered(tmp_path: Path) -> None:
+    import subprocess
+
+    from tether.steering import main as steer
+
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with RunStore.create(tmp_path, "run", settings_of().dump()) as store:
+        store.heartbeat(3, "recorded")
+        beat = store.last_heartbeat()
+        assert beat is not None
+        store.put("heartbeat", {**vars(beat), "process": gone.pid})
+    with pytest.raises(RunError, match="its process is gone"):
+        steer("run", ("beta=0.1",), root=tmp_path)
 
 
 def test_a_replay_of_a_steered_run_is_bit_equal(course: tuple[Task, Path]) -> None:

@@ -120,6 +120,8 @@ class Helm:
     _steps: int = 0
     """Updates that a paused run may still make."""
     _seen: int = 0
+    _deferred: list[Command] = field(default_factory=list)
+    """Wishes that wait until the run is past everything that was asked before it was resumed."""
     _waiting: list[tuple[Command, dict[str, object]]] = field(default_factory=list)
     """Knobs asked for, to be turned before the next update."""
     _rulings: list[Ruling] = field(default_factory=list)
@@ -160,10 +162,14 @@ class Helm:
 
     # ── taking up ───────────────────────────────────────────────────────────────────────────────────────────────────
     def _take(self) -> None:
-        for command in self._new():
-            self._seen = command.id
+        waited, self._deferred = self._deferred, []
+        for command in [*waited, *self._new()]:
+            self._seen = max(self._seen, command.id)
+            if command.kind == "set" and self.ahead:
+                self._deferred.append(command)  # what was asked before comes first
+                continue
             try:
-                if command.has_expired(self.clock()):
+                if command not in waited and command.has_expired(self.clock()):
                     raise RunError("it waited too long for the trainer, and is void")
                 check_wish(command.actor, command.kind, command.payload, self.rudder.settings)
             except TetherError as error:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import getpass
 import json as jsonlib
+import os
 import re
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from tether.config import RunSettings
 from tether.control import Command, Control
 from tether.errors import ConfigError, InputError, RunError
 from tether.knobs import Fault, Words, find_knob, kinds_of, knobs, read_settings
-from tether.records import Event
+from tether.records import Event, Heartbeat
 from tether.runs import ROOT, find_run
 from tether.store import RunStore
 
@@ -296,11 +298,24 @@ def _changes(event: Event) -> Mapping[str, Sequence[object]]:
 
 def _require_running(store: RunStore) -> None:
     beat = store.last_heartbeat()
-    if beat is None or beat.status != "running":
+    state = "not started" if beat is None else "dead, its process is gone" if is_gone(beat) else beat.status
+    if state != "running":
         raise RunError(
-            f"{store.path} is {beat.status if beat else 'not started'}; only a run that trains can be steered. "
-            f"Go on with it: tether resume {store.path}"
+            f"{store.path} is {state}; only a run that trains can be steered. Go on with it: tether resume {store.path}"
         )
+
+
+def is_gone(beat: Heartbeat) -> bool:
+    """Whether the process that trained was one of this machine and is no more."""
+    if beat.status != "running" or beat.host != socket.gethostname():
+        return False
+    try:
+        os.kill(beat.process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _standing(settings: RunSettings, json: bool) -> str:

@@ -5,8 +5,6 @@ Each function reads through a `Reader`, in the run's own thread. Every shape sta
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -18,7 +16,7 @@ from tether.metrics import CATALOGUE
 from tether.page.reading import UPDATE, Outcome, Reader
 from tether.records import Event, Heartbeat
 from tether.runs import knob
-from tether.steering import STEERABLE, knob_facts, short_name, value_of, with_values
+from tether.steering import STEERABLE, is_gone, knob_facts, short_name, value_of, with_values
 from tether.store import RunStore
 from tether.verdict import Verdict, judge
 
@@ -38,7 +36,7 @@ def standing(beat: Heartbeat | None, update_seconds: float | None, now: float) -
         return "not started"
     if beat.status != "running":
         return beat.status
-    if _is_gone(beat) or now - beat.wall > patience(beat, update_seconds):
+    if is_gone(beat) or now - beat.wall > patience(beat, update_seconds):
         return "stale"
     return "paused" if beat.phase == "paused" else "running"
 
@@ -47,19 +45,6 @@ def patience(beat: Heartbeat, update_seconds: float | None) -> float:
     """Seconds of silence that are usual in this phase."""
     usual = 3.0 * (update_seconds or 0.0)
     return max(STALE_SECONDS, usual) * (SLOW_FACTOR if beat.phase in SLOW_PHASES else 1.0)
-
-
-def _is_gone(beat: Heartbeat) -> bool:
-    """Whether the process that trained was one of this machine and is no more."""
-    if beat.host != socket.gethostname():
-        return False
-    try:
-        os.kill(beat.process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def update_seconds(reader: Reader) -> float | None:
@@ -84,7 +69,7 @@ def require_alive(reader: Reader, now: float) -> None:
     state = standing(beat, update_seconds(reader), now)
     if state in ("running", "paused"):
         return
-    if beat is not None and state == "stale" and not _is_gone(beat):
+    if beat is not None and state == "stale" and not is_gone(beat):
         return  # it may be in a long evaluation; the wish waits for it
     raise RunError(
         f"the run is {'dead: its process is gone' if state == 'stale' else state}; nothing can be asked of it"
