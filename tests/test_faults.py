@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from rich.console import Console
 
 from resumable import count_words, left_behind, settings_of, task_of
 from tether.alarms import FAILURES, FAULTS
-from tether.batch import Prompt
+from tether.batch import Prompt, Reward
 from tether.checkpoint import Checkpoints
 from tether.config import RunSettings
 from tether.errors import AlarmError, ConfigError
-from tether.faults import faulty_settings, planted
+from tether.faults import _drifting, _skewed, faulty_settings, planted
 from tether.records import Event
 from tether.resuming import resume_run
+from tether.reward_model import RewardModel
 from tether.session import Judges, train_run
 from tether.store import RunStore
 from tether.verdict import judge
@@ -159,6 +160,13 @@ def test_a_fault_is_gone_when_its_block_ends(tmp_path: Path) -> None:
         with planted(fault):
             pass
     assert complaints(trained(tmp_path, settings_of("full", steps=2))) == []
+
+
+@pytest.mark.parametrize("plant", [_drifting, _skewed])
+def test_a_fault_of_the_reward_changes_a_copy(plant: Callable[[Reward], Reward]) -> None:
+    reward = RewardModel.__new__(RewardModel)
+    assert vars(plant(reward)) != {}
+    assert vars(reward) == {}
 
 
 def test_a_fault_that_there_is_not_is_refused_with_the_nearest() -> None:

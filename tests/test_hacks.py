@@ -163,7 +163,9 @@ def test_one_answer_to_every_prompt_is_seen() -> None:
     def same(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
         return np.arange(20, 30) if draw.random() < done else usual(draw, prompt)
 
-    assert "one_answer" in names(run(same, lambda row: 0.0)[0])
+    signs, _, _ = run(same, lambda row: 0.0)
+    assert "one_answer" in names(signs)
+    assert signs[-1].weight == "decisive"
 
 
 def test_a_policy_that_no_longer_reads_its_prompt_is_seen() -> None:

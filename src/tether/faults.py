@@ -10,6 +10,7 @@ asks for no fault. Read next: `failures.toml`, which says of each what it plants
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -169,26 +170,27 @@ def _constant(reward: Reward) -> Reward:
 def _drifting(reward: Reward) -> Reward:
     """The gain of a reward model grows by 2 % at each call."""
     assert isinstance(reward, RewardModel), "only a reward model has a gain"
-    original, calls = reward.normalise, [0]
+    changed, original, calls = copy.copy(reward), reward.normalise, [0]
 
     def wrong(raw: Tensor) -> list[float]:
         calls[0] += 1
         return [1.02 ** calls[0] * score for score in original(raw)]
 
-    reward.normalise = wrong  # type: ignore[method-assign]
-    return reward
+    changed.normalise = wrong  # type: ignore[method-assign]
+    return changed
 
 
 def _skewed(reward: Reward) -> Reward:
     """A reward model reads the first third of each response on the path of the rollout."""
     assert isinstance(reward, RewardModel), "only a reward model has a path of its own"
+    changed = copy.copy(reward)
 
     def wrong(rollout: Rollout) -> list[float]:
         texts = [text[: len(text) // 3] for text in rollout.texts]
         return list(reward(rollout.prompts.texts, texts))
 
-    reward.score_rollout = wrong  # type: ignore[method-assign]
-    return reward
+    changed.score_rollout = wrong  # type: ignore[method-assign]
+    return changed
 
 
 def _pays_entropy(per_nat: float) -> Plant:

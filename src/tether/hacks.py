@@ -43,13 +43,15 @@ BANK = 512
 """Responses of the reference that later ones are compared with."""
 BANK_UPDATES = 4
 """Updates at the start whose responses make the bank; the policy has hardly moved."""
-SMALL = 10_000_000
-"""Weights below which further responses are drawn for the bank."""
+SMALL, MOST_TIMES = 10_000_000, 16
+"""Weights below which further responses are drawn for the bank, and its most responses for one of an update."""
 SEEN, NOW = 512, 96
 """Responses that slopes are taken over, and those that count as what the policy says now."""
 LOOK_EVERY, DEPENDENCE_EVERY, OPINIONS_EVERY = 5, 10, 20
 """Updates between two looks at text, at what depends on the prompt, and at paired opinions."""
-DEPENDENCE_ROWS = 8
+OPINIONS_FIRST = 3
+"""The update that opinions are held to: the ones before have enough to look at."""
+DEPENDENCE_ROWS = 4
 LIFTED, CERTAIN = 5.0, 8.0
 """z of a type's rise."""
 CANDIDATES = 10
@@ -90,7 +92,7 @@ class Hacks:
             numbers, signs = shown.numbers(), list(shown.signs())
         if age in (1, 2) or (age > 2 and age % DEPENDENCE_EVERY == 0):
             signs += self._depend(rollout, numbers, at_start=age <= 2)
-        if age % OPINIONS_EVERY == 0:
+        if age == OPINIONS_FIRST or (age > OPINIONS_FIRST and age % OPINIONS_EVERY == 0):
             signs += self._agree(numbers)
         return numbers, signs
 
@@ -110,11 +112,11 @@ class Hacks:
 
     # ── looks ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def _fill(self, rows: Sequence[Ints], scores: Scores, step: int) -> None:
-        """These responses, and where the model is small as many more as make a bank of BANK in BANK_UPDATES."""
+        """These responses, and in the first update, where the model is small, as many more as make a bank of BANK."""
         self.bank.add(rows, scores.totals.double().tolist(), step)
-        policy, wanted = self.run.policy, BANK // BANK_UPDATES - len(rows)
+        policy, wanted = self.run.policy, min(BANK, MOST_TIMES * len(rows)) - BANK_UPDATES * len(rows)
         weights = sum(weight.numel() for weight in reference_weights(policy))
-        if not 0 < weights < SMALL or wanted < 1:
+        if step > self.first or not 0 < weights < SMALL or wanted < 1:
             return
         prompts = replace(self.run.prompts, prompts_per_batch=wanted, samples_per_prompt=1).batch(step)
         knobs = self.run.settings
@@ -218,12 +220,13 @@ class Shown:
         if self.distinct < 0.6:
             seen = f"distinct pairs are {self.distinct:.2f} of the reference's in as many tokens"
             evidence = {"distinct_ratio": self.distinct, **_samples(self.rollout)}
-            yield Sign("buzzwords", "text", seen, evidence, _weight(self.distinct < 0.5))
+            yield Sign("buzzwords", "text", seen, evidence, _weight(self.distinct < 0.5, self.distinct < 0.25))
         start = float(np.mean(self.hacks.overlaps[:BANK_UPDATES]))
         if self.overlap > max(2.0 * start, 0.25):
             seen = f"replies to different prompts share {self.overlap:.0%} of their words, {start:.0%} at the start"
             evidence = {"overlap": self.overlap, "start": start, **_samples(self.rollout)}
-            yield Sign("one_answer", "text", seen, evidence, _weight(self.overlap > max(2.5 * start, 0.3)))
+            plain, decisive = self.overlap > max(2.5 * start, 0.3), self.overlap > max(3.5 * start, 0.6)
+            yield Sign("one_answer", "text", seen, evidence, _weight(plain, decisive))
 
     def _earners(self) -> Iterator[Sign]:
         shares, z = self.shares.types, {lift.token: lift.z for lift in self.lifted}

@@ -24,7 +24,8 @@ from tether.models import LanguagePolicy, shares_storage
 
 PROBE_ROWS, PROBE_TOKENS = 2, 16
 """Of the reference's probe: short, so that it can be asked in every update."""
-PADS = (7, 31)
+MOST_PADS, FEW_PADS = 31, 7
+"""Columns of padding that rows are asked with; with the fewer only where the more made a difference."""
 SUMMED_AT_ONCE = 2**21
 """Weights read anew in one update: a few milliseconds."""
 SAME_SCORE = 1e-4
@@ -116,8 +117,7 @@ class PassProbe:
     @torch.no_grad()
     def check(self) -> Iterator[Alarm]:
         """Dropout first: where two equal passes differ, nothing can be said of padding."""
-        once, again = self._ask(0), self._ask(0)
-        padded = {pads: self._ask(pads) for pads in PADS}
+        once, again, padded = self._ask(0), self._ask(0), {MOST_PADS: self._ask(MOST_PADS)}
         for who, rollout in (("π", self._rollout), ("π_ref", self._rollout_reference)):
             repeated = _rms(once[who] - again[who], self._rows)
             if repeated > 0.1 * self._tolerance.logprob:
@@ -128,6 +128,7 @@ class PassProbe:
             distances[0] = _rms(once[who] - rollout, self._rows)
             worst = max(distances, key=lambda pads: distances[pads])
             if distances[worst] > self._tolerance.logprob:
+                distances[FEW_PADS] = _rms(once[who] - self._ask(FEW_PADS)[who], self._rows)
                 what = f"with {worst} more columns of padding" if worst else "outside of their batch"
                 yield Alarm(
                     "padding_leak",

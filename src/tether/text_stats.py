@@ -33,20 +33,16 @@ class Corpus:
     rows: list[Ints] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     """As the reward gave them."""
-    centred: list[float] = field(default_factory=list)
-    """Less the mean of their update."""
     updates: list[int] = field(default_factory=list)
 
     def add(self, rows: Sequence[Ints], scores: Sequence[float], update: int) -> None:
         """One update's responses; the oldest give way."""
-        mean = float(np.mean(scores)) if len(scores) else 0.0
         self.rows += list(rows)
         self.scores += list(scores)
-        self.centred += [score - mean for score in scores]
         self.updates += [update] * len(rows)
         surplus = len(self.rows) - self.most
         if surplus > 0:
-            for kept in (self.rows, self.scores, self.centred, self.updates):
+            for kept in (self.rows, self.scores, self.updates):
                 del kept[:surplus]
 
     def __len__(self) -> int:
@@ -58,7 +54,7 @@ class Corpus:
 
     def last(self, count: int) -> Corpus:
         """The newest responses."""
-        return Corpus(count, self.rows[-count:], self.scores[-count:], self.centred[-count:], self.updates[-count:])
+        return Corpus(count, self.rows[-count:], self.scores[-count:], self.updates[-count:])
 
     def presence(self) -> dict[int, int]:
         """In how many responses each type stands."""
@@ -87,7 +83,7 @@ class Corpus:
         """As plain values."""
         flat = np.concatenate([*self.rows, np.zeros(0, np.int64)]).astype("<i4")
         return {
-            "most": self.most, "scores": self.scores, "centred": self.centred, "updates": self.updates,
+            "most": self.most, "scores": self.scores, "updates": self.updates,
             "lengths": [len(row) for row in self.rows],
             "tokens": base64.b64encode(zlib.compress(flat.tobytes())).decode("ascii"),
         }  # fmt: skip
@@ -98,8 +94,8 @@ class Corpus:
         flat = np.frombuffer(zlib.decompress(base64.b64decode(state["tokens"])), "<i4").astype(np.int64)
         lengths = np.array(state["lengths"], dtype=np.int64)
         rows = np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
-        scores, centred = ([np.nan if x is None else x for x in state[name]] for name in ("scores", "centred"))
-        return Corpus(state["most"], rows, scores, centred, list(state["updates"]))
+        scores = [np.nan if score is None else score for score in state["scores"]]
+        return Corpus(state["most"], rows, scores, list(state["updates"]))
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,7 @@ class Shares:
 
 
 def gain_shares(bank: Corpus, now: Corpus, seen: Corpus, types: Sequence[int]) -> Shares:
-    """Least squares of the score on the types' counts and the length over `seen`, each less its update's mean.
+    """Least squares of the score on the types' counts and the length over `seen`, these less their update's mean.
 
     The slope times the rise of the count from the bank to now is what the type carries of the gain: a counterfactual
     deletion that asks no reward. What all responses hold has no slope left, so `seen` reaches back to when it spread.
@@ -159,7 +155,7 @@ def gain_shares(bank: Corpus, now: Corpus, seen: Corpus, types: Sequence[int]) -
         x[updates == update] -= x[updates == update].mean(axis=0)
     square = x.T @ x
     square += RIDGE * np.diag(np.diag(square) + 1e-9)
-    slopes = np.linalg.solve(square, x.T @ np.array(seen.centred))
+    slopes = np.linalg.solve(square, x.T @ np.array(seen.scores))
     rise = np.append(now.counts(types).mean(axis=0) - bank.counts(types).mean(axis=0),
                      now.lengths().mean() - bank.lengths().mean())  # fmt: skip
     carried = slopes * rise / gain if gain > 0 else np.zeros(len(rise))
