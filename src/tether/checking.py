@@ -31,7 +31,7 @@ RIM = {
     "the gain in score": "score_gain",
     "as the hold-out judge sees it": "holdout_gain",
     "as gold sees it": "gold_gain",
-    "at equal length": "eval/gain_at_equal_length",
+    "as gold sees it, at equal length": "eval/gain_at_equal_length",
     "of the ceiling σ√(2K)": "string/efficiency",
     "score a nat, of late": "string/slope",
     "price of a nat, β": "beta",

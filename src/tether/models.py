@@ -153,8 +153,8 @@ class LanguagePolicy:
         logprobs, entropy = selected_logprobs(self.mode.head, hidden, tokens, temperature)
         values, *others = self.value(sequences, hidden, self._response_hidden).unbind(dim=1)
         kl_values = lay_out(others[0] / KL_UNIT, sequences.response_mask) if others else None
-        flat = (lay_out(each, sequences.response_mask) for each in (logprobs, values, entropy))
-        return Evaluation(*flat, kl_values)
+        laid_out = [lay_out(flat, sequences.response_mask) for flat in (logprobs, values, entropy)]
+        return Evaluation(laid_out[0], laid_out[1], laid_out[2], kl_values)
 
     @torch.no_grad()
     def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:

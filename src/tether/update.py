@@ -129,8 +129,10 @@ def _value_loss(
     )
     if evaluation.kl_values is None or piece.old_kl_values is None or piece.kl_returns is None:
         return loss
-    scaled = (KL_UNIT * nats for nats in (evaluation.kl_values, piece.old_kl_values, piece.kl_returns))
-    return loss + clipped_value_loss(*scaled, mask, clip_range, denominator=denominator)
+    values, old_values, returns = (
+        KL_UNIT * nats for nats in (evaluation.kl_values, piece.old_kl_values, piece.kl_returns)
+    )
+    return loss + clipped_value_loss(values, old_values, returns, mask, clip_range, denominator=denominator)
 
 
 def _observe(tally: _Tally, piece: Experience, logprobs: Tensor, values: Tensor, settings: UpdateSettings) -> None:

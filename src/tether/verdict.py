@@ -146,7 +146,9 @@ def _of_alarm(alarm: Alarm, step: int) -> Standing:
 
 def _numbers(store: RunStore) -> dict[str, float]:
     curves = store.curves(EVIDENCE)
-    means = {name: float(curve.values[-WINDOW:].mean()) for name, curve in curves.items() if len(curve.values)}
+    # An evaluation is a mean over many prompts already, and the one before it may lie 25 updates back.
+    window = {name: 1 if name.startswith("eval/") else WINDOW for name in curves}
+    means = {name: float(curve.values[-window[name] :].mean()) for name, curve in curves.items() if len(curve.values)}
     gains = {
         gain: float(curves[name].values[-WINDOW:].mean() - curves[name].values[:START].mean())
         for name, gain in GAINS.items()
