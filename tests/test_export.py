@@ -15,10 +15,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import huggingface_hub.constants
+import huggingface_hub
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -254,6 +255,27 @@ def test_a_hub_that_refuses_is_one_error_with_what_to_do(hub: type[Hub], runs: P
         push_to_hub(out, "me/policy")
     with pytest.raises(ModelError, match="OWNER/NAME"):
         push_to_hub(out, "not a name")
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["told to stay offline", "nobody listens"])
+def test_a_hub_that_cannot_be_reached_is_one_error_that_says_so(
+    offline: bool, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise HfHubHTTPError.__bases__[0]("All connection attempts failed")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    if not offline:
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    out = tmp_path / "out"
+    command = ["export", "lora", "--root", str(runs), "--out", str(out), "--push", "me/policy"]
+    assert cli.run(command) == 1
+    said = capsys.readouterr().err
+    assert "the hub cannot be reached (" in said
+    assert f"hf upload me/policy {out}" in said
+    assert "auth login" not in said
+    assert (out / "README.md").is_file()
 
 
 # ── the conversation ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -189,6 +189,33 @@ def test_a_reward_with_a_memory_keeps_it(sft: Path, tmp_path: Path) -> None:
     assert left_behind(resume_run(tmp_path / "run", lambda _: task(), silent())) == wanted
 
 
+def rewritten(run: Path, watch: Callable[[dict], object]) -> None:
+    """The run's last checkpoint with what the checks had seen changed by `watch`."""
+    checkpoints = Checkpoints(run / "checkpoints")
+    last = checkpoints.read(checkpoints.latest() or 0)
+    snapshot, seen = last.snapshot(), dict(last.states["watch"])
+    watch(seen)
+    shutil.rmtree(last.path)
+    checkpoints.save(replace(snapshot, states={**snapshot.states, "watch": seen}), last.identity)
+
+
+def test_a_check_that_the_checkpoint_knows_nothing_of_begins_anew(sft: Path, tmp_path: Path, kept: Kept) -> None:
+    settings = settings_of()
+    run = kept.stopped(settings, tmp_path, 5)
+    rewritten(run, lambda seen: [seen.pop(name) for name in ("hacks", "climb", "honesty", "trends")])
+    found, wanted = resumed(run, sft), kept.whole(settings)
+    assert {name: found[name] for name in ("bits", "samples", "beta")} == {
+        name: wanted[name] for name in ("bits", "samples", "beta")
+    }
+
+
+def test_what_a_check_cannot_read_is_one_error(sft: Path, tmp_path: Path, kept: Kept) -> None:
+    run = kept.stopped(settings_of(), tmp_path, 5)
+    rewritten(run, lambda seen: seen.update(climb={"of": "another form"}))
+    with pytest.raises(RunError, match=r"keeps what climb has seen in a form that .* \(KeyError: 'history'\)"):
+        resumed(run, sft)
+
+
 # ── Ctrl-C ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_signal_saves_after_the_update_and_names_the_way_on(

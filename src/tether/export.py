@@ -111,14 +111,24 @@ def push_to_hub(folder: Path, repository: str, *, private: bool = False, message
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    transport: type[Exception] = HfHubHTTPError.__mro__[1]  # of the library's HTTP client, whichever that is
+
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise ModelError(
-            f"{folder} could not be uploaded to {repository!r}: {first}. Log in with `hf auth login` and an access "
-            "token that may write, and see that the name is OWNER/NAME"
+            f"{folder} could not be uploaded to {repository!r}: {_first_line(error)}. Log in with `hf auth login` and "
+            "an access token that may write, and see that the name is OWNER/NAME"
+        ) from error
+    except (transport, OSError) as error:  # OSError: the library was told to stay offline
+        raise ModelError(
+            f"{folder} is written, but the hub cannot be reached ({_first_line(error)}); it can go there later: "
+            f"hf upload {repository} {folder}"
         ) from error
     return str(commit.commit_url)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -23,7 +23,7 @@ from tether.batch import Experience, Rewards, Rollout, Scores
 from tether.checks import Moment, Tolerance, check, check_outcome, check_start
 from tether.climb import Climb, Sign
 from tether.config import CheckSettings
-from tether.errors import AlarmError
+from tether.errors import AlarmError, RunError
 from tether.guards import Trends
 from tether.hacks import Hacks
 from tether.honesty import Distributions, Honesty
@@ -164,16 +164,31 @@ class Watch:
             raise AlarmError(f"stopped by an alarm: {told}. {grave[0].remedy}")
 
     def _take_up(self, run: Run) -> Iterator[Alarm]:
-        """Give the checks what they had seen before a resume, and see that the weights are those that were saved."""
+        """Give the checks what they had seen before a resume, and see that the weights are those that were saved.
+
+        A check that the checkpoint knows nothing of, which is older than it, begins anew. Raises RunError where it
+        knows one in another form.
+        """
         state = self._restored
         if not state or self._probes is None or self._trends is None:
             return
-        self._trends.restore(state["trends"])
-        self._probes.honesty.restore(state["honesty"])
-        self._probes.hacks.restore(state["hacks"])
-        self._climb.restore(state["climb"])
+        probes = self._probes
+        checks: dict[str, Any] = {
+            "trends": self._trends,
+            "honesty": probes.honesty,
+            "hacks": probes.hacks,
+            "climb": self._climb,
+        }
+        for name in checks.keys() & state.keys():
+            try:
+                checks[name].restore(state[name])
+            except (LookupError, TypeError, ValueError, AttributeError) as fault:
+                raise RunError(
+                    f"the checkpoint keeps what {name} has seen in a form that this version of tether does not read "
+                    f"({type(fault).__name__}: {fault}); go on with the version that wrote it"
+                ) from fault
         now = fingerprint(run.policy)
-        if state["weights"] != now:
+        if state.get("weights", now) != now:
             yield Alarm("resume_jump", f"the policy's weights are not those saved before update {run.step}",
                         {"saved": state["weights"], "now": now})  # fmt: skip
 
