@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tether import cli, stages
 from tether.data import read_preferences
 from tether.errors import InputError
+from tether.loading import parameter_count
 from tether.preferences import Pairs
 from tether.recipe_files import load_recipe
 from tether.reward_model import RewardManifest, RewardModel
@@ -249,11 +252,36 @@ def test_knobs_that_are_not_said_are_the_usual_ones_of_the_world_or_of_own_data(
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out])
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out, "--epochs", "5", "--all-weights"])
     cli.run(["reward", "--world", "nano", "--out", out, "--batch-pairs", "3", "--seed", "7"])
-    assert seen[0] == RewardTraining(top_layers=3, epochs=2, learning_rate=3e-4, batch_pairs=8, seed=0)
-    assert seen[1] == RewardTraining(top_layers=None, epochs=5, learning_rate=3e-4, batch_pairs=8, seed=0)
+    monkeypatch.setattr(stages, "parameter_count", lambda _: 10_000_000)
+    cli.run(["reward", "--model", str(model), "--data", data, "--out", out])
+    cli.run(["reward", "--model", str(model), "--data", data, "--out", out, "--epochs", "5", "--all-weights"])
+    assert seen[0] == RewardTraining(top_layers=None, epochs=8, learning_rate=1e-3, batch_pairs=8, seed=0)
+    assert seen[1] == RewardTraining(top_layers=None, epochs=5, learning_rate=1e-3, batch_pairs=8, seed=0)
     usual = recipe.preferences
     assert (seen[2].epochs, seen[2].learning_rate) == (usual.epochs, usual.learning_rate)
     assert (seen[2].batch_pairs, seen[2].seed) == (3, 7)
+    assert seen[3] == RewardTraining(top_layers=3, epochs=2, learning_rate=3e-4, batch_pairs=8, seed=0)
+    assert seen[4] == RewardTraining(top_layers=None, epochs=5, learning_rate=3e-4, batch_pairs=8, seed=0)
+
+
+@pytest.mark.parametrize(("pairs", "epochs"), [(1, 8), (1000, 8), (2000, 4), (64_000, 2)])
+def test_a_small_body_sees_few_pairs_more_often(pairs: int, epochs: int, model: Path) -> None:
+    assert stages.usual_for(str(model), pairs).epochs == epochs
+
+
+@pytest.mark.parametrize("command", ["sft", "reward"])
+def test_the_help_has_a_line_for_each_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run([command, "--help"])
+    shown = capsys.readouterr().out
+    function = {"sft": stages.main_sft, "reward": stages.main_reward}[command]
+    told = re.findall(r"(?m)^        (\w+): \w", function.__doc__ or "")
+    assert told == list(signature(function).parameters)
+    assert "usual 1 to" in " ".join(shown.replace("│", " ").split())
+
+
+def test_the_size_of_a_body_is_that_of_its_weights(model: Path) -> None:
+    assert parameter_count(model) == AutoModelForCausalLM.from_pretrained(model).num_parameters()
 
 
 def test_pairs_that_are_too_long_go_by_the_rule() -> None:

@@ -196,6 +196,12 @@ def layer_count(source: Source) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
+def parameter_count(source: Source) -> int:
+    """Weights of a causal LM, from its configuration alone. Raises ModelError where the source cannot be read."""
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(read_config(source)).num_parameters())
+
+
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Tokens that end a response: the tokenizer's EOS and those that the model's generation config lists."""
     listed = getattr(model, "generation_config", None) and model.generation_config.eos_token_id

@@ -18,7 +18,7 @@ from tether.config import PreferenceSettings
 from tether.data import read_demonstrations, read_preferences
 from tether.errors import ConfigError, InputError
 from tether.finetune import Finetuned, Finetuning, finetune
-from tether.loading import Precision, layer_count
+from tether.loading import SMALL, Precision, layer_count, parameter_count
 from tether.phases import phases
 from tether.prompts import TooLong
 from tether.recipe_files import load_recipe
@@ -37,6 +37,10 @@ HOLDOUT_FOLDER = "holdout"
 """Where the twin stands, within the reward model's folder."""
 OWN_PREFERENCES = PreferenceSettings(epochs=2, learning_rate=3e-4, batch_pairs=8)
 """How preferences of one's own are learned where nothing is said; only what concerns learning is read."""
+OWN_PREFERENCES_SMALL = PreferenceSettings(epochs=8, learning_rate=1e-3, batch_pairs=8, top_layers=None)
+"""The same on a body below `SMALL` weights: its lower layers know little that is worth freezing, and it needs more
+and larger steps; so many epochs, unless `SMALL_SEES` comparisons are seen in fewer."""
+SMALL_SEES, FEWEST_EPOCHS = 8000, 2
 
 
 # ── tether sft ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -67,13 +71,30 @@ def main_sft(
 ) -> None:
     """Make an SFT checkpoint: the policy's start and its reference.
 
-    model: folder or hub name of a causal LM. data: messages, or prompt and completion: .jsonl, .json, .csv, .parquet,
-    or ORG/NAME on the hub, with split, subset and limit (rows read). prompt_column, completion_column: what they are
-    called; `instruction+input` joins two. out: folder of the checkpoint. chat_template: a Jinja file, for a tokenizer
-    that has none. mode: all weights, or adapters of lora_rank that are folded in. learning_rate: at its peak; 5e-5
-    usual in full, 2e-4 in lora. warmup: share of the steps that it rises. batch_size: demonstrations in a step.
-    max_tokens: of one demonstration. too_long: what happens to a longer one. packing: several in a row; changes the
-    speed alone. heldout: share that is measured and not learned. json: print the report as one JSON object.
+    Args:
+        model: Folder or hub name of a causal LM.
+        data: Messages, or prompt and completion: .jsonl, .json, .csv, .parquet and others, or ORG/NAME on the hub.
+        out: The folder of the checkpoint.
+        split: Split of a hub data set, as train.
+        subset: Subset (configuration) of a hub data set.
+        prompt_column: What the prompt's column is called; `instruction+input` joins two.
+        completion_column: What the answer's column is called.
+        limit: Rows to read at most; none = all.
+        chat_template: A Jinja file, for a tokenizer that has no chat template.
+        mode: All weights, or adapters that are folded in at the end.
+        lora_rank: Of the adapters; usual 8 to 64.
+        epochs: Passes over the demonstrations; usual 1 to 3.
+        learning_rate: Adam's at its peak; none = 5e-5 in full and 2e-4 in lora; usual 1e-5 to 1e-3, small models more.
+        schedule: How the learning rate falls to 0 after its rise; constant stays.
+        warmup: Share of the steps in which the learning rate rises; usual 0 to 0.1.
+        batch_size: Demonstrations in a step; usual 8 to 128.
+        max_tokens: Of one demonstration; none = the model's context.
+        too_long: What happens to a longer one: an error, left out, or cut on the left.
+        packing: Several demonstrations in a row; changes the speed alone.
+        heldout: Share that is measured and not learned; usual 0.02 to 0.1.
+        dtype: Precision of the weights; auto = bfloat16 where the machine gains by it.
+        seed: Of the order, the held-out share and the adapters.
+        json: Print the report as one JSON object.
     """
     prepare_process()
     console = Console(stderr=True) if json else console_for_output()
@@ -156,21 +177,38 @@ def main_reward(
 ) -> None:
     """Train a reward model on comparisons, and say what it is worth.
 
-    out: folder of the reward model, with its report.json. model: the checkpoint whose body it takes, best the SFT
-    checkpoint. data: prompt, chosen and rejected, or chosen and rejected that begin with the prompt, with split,
-    subset, limit and the columns' names. world: in place of data, pairs sampled there and labelled by its gold scorer.
-    holdout: train the twin too, which is never optimised; each learns one half. heldout: without it, the share that is
-    measured. top_layers: trained above a frozen trunk (6, or all of a smaller model); all_weights: everything. epochs
-    (2), learning_rate at the start (3e-4) and batch_pairs (8): of a world, by default its recipe's.
-    reference: the checkpoint on whose replies the score gets mean 0 and standard deviation 1; by default the model.
-    reference_samples: how many, of max_new_tokens; 0 takes the responses of the pairs. json: print one JSON object.
+    Args:
+        out: The folder of the reward model, with its report.json.
+        model: The checkpoint whose body it takes, best the SFT checkpoint: folder or hub name.
+        data: Prompt, chosen and rejected, or chosen and rejected that begin with the prompt: a file, or ORG/NAME.
+        world: In place of data, pairs sampled there and labelled by its gold scorer.
+        holdout: Train the twin too, which is never optimised; each learns one half and is measured on the other's.
+        split: Split of a hub data set, as train.
+        subset: Subset (configuration) of a hub data set.
+        prompt_column: What the prompt's column is called; `instruction+input` joins two.
+        chosen_column: What the better answer's column is called.
+        rejected_column: What the worse answer's column is called.
+        limit: Rows to read at most; none = all.
+        too_long: What happens to pairs beyond the context: an error, left out, or cut on the left.
+        heldout: Without the twin, the share that is measured and not learned; usual 0.05 to 0.2.
+        top_layers: Layers trained above a frozen trunk; none = 6, and all weights of a body below 10 million.
+        all_weights: Train everything, whatever the body's size.
+        epochs: Passes over the pairs; none = 2, and 8000/pairs, 2 to 8, below 10 million weights; usual 1 to 8.
+        learning_rate: Adam's at the start, falls to 0; none = 3e-4, and 1e-3 below 10 million; usual 1e-5 to 1e-3.
+        batch_pairs: Pairs in a step; none = 8; usual 8 to 64. Of a world these four are, by default, its recipe's.
+        reference: The checkpoint on whose replies the score gets mean 0 and standard deviation 1; none = the model.
+        reference_samples: How many of them; 0 takes the responses of the pairs; usual 64 to 512.
+        max_new_tokens: Of such a reply, at most.
+        dtype: Precision of the weights; auto = bfloat16 where the machine gains by it.
+        seed: Of the head, the pairs' order and the held-out share.
+        json: Print the report as one JSON object.
     """
     prepare_process()
     console = Console(stderr=True) if json else console_for_output()
     if (data is None) == (world is None) or (data is not None and model is None):
         raise ConfigError("wanted --model M --data FILE, or --world nano or smollm2, and not both")
     require_free(out, REWARD_MANIFEST, "reward model of tether")
-    base, usual = model or "", OWN_PREFERENCES
+    base, usual = model or "", PreferenceSettings()
     if world is not None:
         place, settings = open_world(world), load_recipe(world).with_seed(seed)
         base, usual = model or str(place.model), settings.preferences
@@ -181,6 +219,7 @@ def main_reward(
             rejected_column=rejected_column, limit=limit,
         )  # fmt: skip
         pairs, samples = fit_pairs(pairs, base, too_long), reference_samples
+        usual = usual_for(base, len(pairs))
         console.print(f"{len(pairs)} comparisons from {data}", soft_wrap=True)
     _tell_warnings(report_on_pairs(pairs).warnings, console)
     said = {"epochs": epochs, "learning_rate": learning_rate, "batch_pairs": batch_pairs, "seed": seed}
@@ -200,6 +239,15 @@ def main_reward(
     if json:
         print(jsonlib.dumps({"out": str(out), **learned.as_dict()}))
     _tell_reward(learned, out, console)
+
+
+def usual_for(base: str, pairs: int) -> PreferenceSettings:
+    """How so many preferences of one's own are learned on this body, where nothing is said."""
+    if parameter_count(base) >= SMALL:
+        return OWN_PREFERENCES
+    most = OWN_PREFERENCES_SMALL.epochs
+    epochs = min(max(round(SMALL_SEES / max(pairs, 1)), FEWEST_EPOCHS), most)
+    return OWN_PREFERENCES_SMALL.model_copy(update={"epochs": epochs})
 
 
 def _layers(base: str, usual: PreferenceSettings) -> int | None:
