@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import torch
@@ -59,3 +60,11 @@ def test_rows_without_a_mask_are_no_news() -> None:
     finally:
         log.removeHandler(heard)
     assert not [said for said in heard.said if "attention_mask" in said]
+
+
+def test_adapters_on_a_mixture_of_experts_raise_no_warning_of_the_library() -> None:
+    experts = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        policy = load_policy(Qwen3MoeForCausalLM(experts), build_tokenizer(), mode="lora")
+    assert policy.trainable()["policy"]

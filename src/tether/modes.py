@@ -104,6 +104,8 @@ class LoraMode:
         self.backbone = model.base_model
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers by an old name
+            if config is None:  # PEFT writes patterns for experts itself, and misses them where none is a linear layer
+                warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
             torch.manual_seed(LORA_SEED)
             try:
                 self.adapters: PeftModel = get_peft_model(
