@@ -255,7 +255,7 @@ def test_knobs_that_are_not_said_are_the_usual_ones_of_the_world_or_of_own_data(
     monkeypatch.setattr(stages, "parameter_count", lambda _: 10_000_000)
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out])
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out, "--epochs", "5", "--all-weights"])
-    assert seen[0] == RewardTraining(top_layers=None, epochs=8, learning_rate=1e-3, batch_pairs=8, seed=0)
+    assert seen[0] == RewardTraining(top_layers=None, epochs=4, learning_rate=1e-3, batch_pairs=8, seed=0)
     assert seen[1] == RewardTraining(top_layers=None, epochs=5, learning_rate=1e-3, batch_pairs=8, seed=0)
     usual = recipe.preferences
     assert (seen[2].epochs, seen[2].learning_rate) == (usual.epochs, usual.learning_rate)
@@ -264,7 +264,7 @@ def test_knobs_that_are_not_said_are_the_usual_ones_of_the_world_or_of_own_data(
     assert seen[4] == RewardTraining(top_layers=None, epochs=5, learning_rate=3e-4, batch_pairs=8, seed=0)
 
 
-@pytest.mark.parametrize(("pairs", "epochs"), [(1, 8), (1000, 8), (2000, 4), (64_000, 2)])
+@pytest.mark.parametrize(("pairs", "epochs"), [(1, 4), (1000, 4), (1333, 3), (64_000, 2)])
 def test_a_small_body_sees_few_pairs_more_often(pairs: int, epochs: int, model: Path) -> None:
     assert stages.usual_for(str(model), pairs).epochs == epochs
 

@@ -63,7 +63,9 @@ def test_rows_without_a_mask_are_no_news() -> None:
 
 
 def test_adapters_on_a_mixture_of_experts_raise_no_warning_of_the_library() -> None:
-    experts = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8)
+    experts = Qwen3MoeConfig(
+        **SIZES, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         policy = load_policy(Qwen3MoeForCausalLM(experts), build_tokenizer(), mode="lora")

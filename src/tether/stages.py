@@ -37,10 +37,10 @@ HOLDOUT_FOLDER = "holdout"
 """Where the twin stands, within the reward model's folder."""
 OWN_PREFERENCES = PreferenceSettings(epochs=2, learning_rate=3e-4, batch_pairs=8)
 """How preferences of one's own are learned where nothing is said; only what concerns learning is read."""
-OWN_PREFERENCES_SMALL = PreferenceSettings(epochs=8, learning_rate=1e-3, batch_pairs=8, top_layers=None)
+OWN_PREFERENCES_SMALL = PreferenceSettings(epochs=4, learning_rate=1e-3, batch_pairs=8, top_layers=None)
 """The same on a body below `SMALL` weights: its lower layers know little that is worth freezing, and it needs more
 and larger steps; so many epochs, unless `SMALL_SEES` comparisons are seen in fewer."""
-SMALL_SEES, FEWEST_EPOCHS = 8000, 2
+SMALL_SEES, FEWEST_EPOCHS = 4000, 2
 
 
 # ── tether sft ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,7 +193,7 @@ def main_reward(
         heldout: Without the twin, the share that is measured and not learned; usual 0.05 to 0.2.
         top_layers: Layers trained above a frozen trunk; none = 6, and all weights of a body below 10 million.
         all_weights: Train everything, whatever the body's size.
-        epochs: Passes over the pairs; none = 2, and 8000/pairs, 2 to 8, below 10 million weights; usual 1 to 8.
+        epochs: Passes over the pairs; none = 2, and 4000/pairs, 2 to 4, below 10 million weights; usual 1 to 4.
         learning_rate: Adam's at the start, falls to 0; none = 3e-4, and 1e-3 below 10 million; usual 1e-5 to 1e-3.
         batch_pairs: Pairs in a step; none = 8; usual 8 to 64. Of a world these four are, by default, its recipe's.
         reference: The checkpoint on whose replies the score gets mean 0 and standard deviation 1; none = the model.
