@@ -51,6 +51,8 @@ def test_every_metric_that_the_source_names_is_in_the_catalogue() -> None:
     named = {
         node.value
         for path in SOURCE.rglob("*.py")
+        if SOURCE / "trl" not in path.parents  # TRL's statistics go by TRL's names: docs/trl.md
+        and path != SOURCE / "ladder" / "library.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }

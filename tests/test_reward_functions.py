@@ -345,7 +345,8 @@ def test_the_user_is_told_what_a_long_wait_is_for(
 def test_ctrl_c_reaches_a_run_that_waits_for_its_reward(kind: str, limit: str) -> None:
     wait = "await asyncio.sleep(600)" if kind == "async def" else "time.sleep(600)"
     code = (
-        "import asyncio, time\n"
+        "import asyncio, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job inherits it ignored
         "from tether.reward_functions import FunctionReward\n"
         f"{kind} reward(prompts, responses):\n    print('asked', flush=True)\n    {wait}\n"
         f"FunctionReward(reward, timeout_seconds={limit})(['p'], ['r'])\n"

@@ -25,8 +25,8 @@ NUMERICS = [
 TESTS = {
     "numerics.py": NUMERICS,
     "rewards.py": ["tests/test_rewards.py"],
-    "advantages.py": ["tests/test_advantages.py"],
-    "update.py": ["tests/test_update.py"],
+    "advantages.py": ["tests/test_advantages.py", "tests/test_critics.py"],
+    "update.py": ["tests/test_update.py", "tests/test_critics.py"],
 }
 """What is run against the mutants of a module, the quickest first."""
 
