@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 import tether
+from tether import cli
 from tether.api import TrainedRun
 from tether.errors import ConfigError, InputError, ModelError, OutOfMemory, RewardError, RunError
 from tether.models import LanguagePolicy
@@ -101,6 +103,32 @@ def test_columns_reach_the_reward_and_a_judge_is_gold(here: Path, checkpoint: Pa
     assert run.metrics("eval/gold").shape == (2,)
     assert 0 <= run.metrics("eval/win_rate")[-1] <= 1
     assert "eval/holdout" not in RunStore.open(run.folder).names()
+
+
+def test_what_is_given_by_name_stays_in_the_run_so_that_commands_can_take_it_up(
+    here: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "mine.py").write_text(
+        "def words(prompts, responses):\n    return [float(len(r.split())) for r in responses]\n"
+    )
+    (here / "prompts.txt").write_text("\n".join(PROMPTS))
+    given = {"policy": checkpoint, "prompts": Path("prompts.txt"), "judge": "mine.py:words"}
+    recipe = {"reward": {"parts": {"old": "mine.py:gone"}}}
+    run = tether.train(**given, reward="mine.py:words", recipe=recipe, steps=1, name="named", **SMALL)
+    object_run = tether.train(**given, reward=read_words(here), steps=1, name="object", **SMALL)
+    np.testing.assert_array_equal(run.metrics("score/mean"), object_run.metrics("score/mean"))
+    assert cli.run(["eval", "named", "--no-best-of"]) == 0
+    assert "gold" in capsys.readouterr().out
+    assert cli.run(["fork", "named", "--name", "longer", "--steps", "2"]) == 0
+
+
+def read_words(folder: Path) -> object:
+    spec = importlib.util.spec_from_file_location("mine", folder / "mine.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.words
 
 
 def test_one_prompt_is_enough_and_says_that_nothing_is_held_out(

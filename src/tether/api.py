@@ -97,12 +97,15 @@ def train(
     """
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     brought = Brought(
-        model=policy if isinstance(policy, PreTrainedModel) else None, tokenizer=tokenizer, reward=reward,
-        prompts=prompts, heldout=heldout, judge=judge, holdout=holdout,
+        model=policy if isinstance(policy, PreTrainedModel) else None, tokenizer=tokenizer, reward=_object(reward),
+        prompts=_object(prompts), heldout=_object(heldout), judge=_object(judge), holdout=_object(holdout),
         trackers=tuple(tracker for tracker in names if not isinstance(tracker, str)),
     )  # fmt: skip
     said = {"beta": beta, "steps": steps, "policy": None if brought.model else policy and str(policy)}
     overrides = [(key, value) for key, value in said.items() if value is not None] + list(knobs.items())
+    overrides += _named(
+        {"prompts": prompts, "heldout": heldout}, {"reward": reward, "judge": judge, "holdout": holdout}
+    )
     if len(names) > len(brought.trackers):
         overrides.append(("report_to", [name for name in names if isinstance(name, str)]))
     settings, notes = read_settings(_tree(recipe), overrides, "tether.train")
@@ -128,6 +131,22 @@ def carry_out(
         wanted([*settings.report_to, *brought.trackers])  # complains before anything is loaded
         folder = train_run(open_task(settings, console, brought), settings, root, name, console)
     return TrainedRun(folder, settings, brought)
+
+
+def _object(given: object | None) -> object | None:
+    """What only Python can hand over; None where it is a name, which the run's settings keep."""
+    return None if isinstance(given, str | Path) else given
+
+
+def _named(data: Mapping[str, object], judges: Mapping[str, object]) -> list[tuple[str, object]]:
+    """What was given by name, as knobs: the run can then be gone on with and evaluated by command."""
+    found: list[tuple[str, object]] = [
+        (f"data.{name}", str(given)) for name, given in data.items() if isinstance(given, str | Path)
+    ]
+    for name, given in judges.items():
+        if isinstance(given, str | Path):
+            found += [(f"{name}.source", str(given)), (f"{name}.parts", {}), (f"{name}.ensemble", ())]
+    return found
 
 
 def _tree(recipe: str | Path | Mapping[str, object] | RunSettings | None) -> object:
