@@ -21,7 +21,7 @@ from tether.models import LanguagePolicy
 from tether.session import train_run
 from tether.watch import Watch
 
-STEPS, MOST, MOST_AT_FIRST = 60, 0.03, 0.25
+STEPS, MOST, MOST_AT_FIRST = 40, 0.03, 0.25
 BACKWARD = 3.0
 """Passes that one with gradients costs, its way back counted."""
 

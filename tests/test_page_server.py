@@ -145,7 +145,8 @@ def test_a_folder_that_is_not_there_yet_is_an_empty_list(tmp_path: Path) -> None
 def test_play_starts_a_run_of_checked_words_alone(tmp_path: Path) -> None:
     page = site(tmp_path, program=(sys.executable, "-c", "import sys; print(sys.argv[1:])"))
     job = post(browser(page), "/api/play", {"beta": 0.5, "steps": 50, "fault": "kl_sign"}).json()
-    assert (job["run"], job["kind"], job["state"]) == ("kl_sign-1", "play", "starting")
+    assert (job["run"], job["kind"]) == ("kl_sign-1", "play")
+    assert job["state"] in ("starting", "done")  # the stand-in is done at once
     for _ in range(200):
         (job,) = page.jobs.facts()  # type: ignore[assignment]
         if job["state"] == "done":

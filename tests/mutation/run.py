@@ -171,7 +171,7 @@ def workshop() -> Iterator[Path]:
 HEAD = """# Planted errors, and the test that sees each
 
 `make mutants` plants these errors, one at a time, in a copy of the sources, runs the tests and writes this table;
-`make test` plants them again and fails where one stays unseen. The list is `tests/mutation/mutants.diff`.
+`make test` plants every third again and fails where one stays unseen. The list is `tests/mutation/mutants.diff`.
 
 | error | kind | in | line as it is → as planted | seen by |
 |---|---|---|---|---|

@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from mutants import MUTANTS, TESTS, Mutant
 from run import HEAD, TABLE, known_tests, row
 
-PARTS = 4
+PARTS = 6
 """Processes that share the work, so that both cores have some."""
+QUICK = (0, 3)
+"""Parts that every `make test` plants, each third error; the others are planted by `pytest -m slow tests/mutation`."""
 
 
 def check(what: str) -> dict[str, dict[str, str | None]]:
@@ -25,7 +27,9 @@ def check(what: str) -> dict[str, dict[str, str | None]]:
     return json.loads(finished.stdout)
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[] if part in QUICK else pytest.mark.slow) for part in range(PARTS)]
+)
 def test_every_planted_error_is_seen_by_the_test_that_the_table_names(part: int) -> None:
     verdicts, known = check(f"{part}/{PARTS}"), known_tests()
     assert set(verdicts) == {mutant.error for mutant in MUTANTS[part::PARTS]}
