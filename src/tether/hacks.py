@@ -20,6 +20,7 @@ import torch
 
 from tether.batch import Generation, Prompts, Rollout, Scores, Sequences
 from tether.climb import Sign, Weight
+from tether.loading import SMALL
 from tether.models import LanguagePolicy
 from tether.opinions import FOLDER, OpinionProbe
 from tether.probes import reference_weights
@@ -43,8 +44,8 @@ BANK = 512
 """Responses of the reference that later ones are compared with."""
 BANK_UPDATES = 4
 """Updates at the start whose responses make the bank; the policy has hardly moved."""
-SMALL, MOST_TIMES = 10_000_000, 16
-"""Weights below which further responses are drawn for the bank, and its most responses for one of an update."""
+MOST_TIMES = 16
+"""Of a model below `SMALL` weights further responses are drawn for the bank, at most so many for one of an update."""
 SEEN, NOW = 512, 96
 """Responses that slopes are taken over, and those that count as what the policy says now."""
 LOOK_EVERY, DEPENDENCE_EVERY, OPINIONS_EVERY = 5, 10, 20

@@ -15,6 +15,7 @@ from torch import Tensor
 from tether.batch import Evaluation, Generation, Policy, Prompts, ReferenceEvaluation, Rollout, Sequences
 from tether.config import SamplingSettings
 from tether.numerics import kl_k3, masked_mean
+from tether.text_stats import distinct_pairs
 
 
 @torch.no_grad()
@@ -79,5 +80,4 @@ def distinct_2(responses: Int[Tensor, "batch response"], mask: Bool[Tensor, "bat
 
     It falls as the batch grows, so compare it at equal token counts only. Li et al. 2016.
     """
-    pairs = torch.stack([responses[:, :-1], responses[:, 1:]], dim=-1)[mask[:, :-1] & mask[:, 1:]]
-    return len(set(map(tuple, pairs.tolist()))) / len(pairs) if len(pairs) else 1.0
+    return distinct_pairs([row[real].cpu().numpy() for row, real in zip(responses, mask, strict=True)])
