@@ -45,6 +45,7 @@ def estimate(rewards: Rewards, rollout: Rollout, settings: AdvantageSettings) ->
         metrics=metrics,
         old_kl_values=rollout.kl_values,
         kl_returns=kl_returns,
+        weights=rollout.weights,
     )
 
 

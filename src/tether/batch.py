@@ -72,6 +72,21 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Who wrote a batch of responses, and how old its weights were."""
+
+    engine: str = "tether"
+    """`tether` for the policy's own sampler; another engine's kernels round otherwise, so its q is not quite π."""
+    staleness: int = 0
+    """Updates between the weights that wrote the responses and those that stand when the update begins."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether q, which the tokens were drawn from, is the policy's own π, up to round-off of one program."""
+        return self.engine == "tether" and self.staleness == 0
+
+
+@dataclass(frozen=True)
 class Generation:
     """What a sampler yields for a batch of prompts."""
 
@@ -83,6 +98,7 @@ class Generation:
     """log-probabilities under which the sampler drew the tokens; 0 where masked."""
     finished: Bool[Tensor, "batch"]
     """True where the response ended by EOS (or in a world of fixed length), False where it was cut."""
+    origin: Origin = Origin()
 
     def trimmed(self) -> Generation:
         """Without the columns on the right that hold padding only."""
@@ -93,6 +109,16 @@ class Generation:
             response_mask=self.response_mask[:, :width],
             sampler_logprobs=self.sampler_logprobs[:, :width],
         )
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Who writes the responses in place of the policy's own sampler: another engine, or workers elsewhere."""
+
+    def write(self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float) -> Generation:
+        """One response a prompt, at most as long as `uniforms` is wide, by the policy's weights as they stand, or by
+        older ones within the bound that the user declared; the generation's `origin` says which.
+        """
 
 
 @dataclass(frozen=True)
@@ -246,6 +272,9 @@ class Rollout:
     metrics: Mapping[str, float] = field(default_factory=dict)
     kl_values: Float[Tensor, "batch response"] | None = None
     """As in `Evaluation`."""
+    origin: Origin = Origin()
+    weights: Float[Tensor, "batch response"] | None = None
+    """min(π_θold/q, cap) of each token where q is not π (`origin`), 0 where masked; None where it is."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -331,6 +360,8 @@ class Experience:
     old_kl_values: Float[Tensor, "batch response"] | None = None
     kl_returns: Float[Tensor, "batch response"] | None = None
     """What `old_kl_values` should have been, nats."""
+    weights: Float[Tensor, "batch response"] | None = None
+    """As in `Rollout`."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -351,6 +382,7 @@ class Experience:
             self.returns[index, :width],
             old_kl_values=None if self.old_kl_values is None else self.old_kl_values[index, :width],
             kl_returns=None if self.kl_returns is None else self.kl_returns[index, :width],
+            weights=None if self.weights is None else self.weights[index, :width],
         )
 
 

@@ -40,6 +40,10 @@ class SamplingSettings(Settings):
     samples_per_prompt: int = knob(
         1, "Responses to each prompt of a batch", usual="1 to 8", used="PPO 1, GRPO-like recipes 4 to 16", ge=1
     )
+    importance_cap: float | None = knob(
+        2.0, "Cap of π/q, where another engine or older weights wrote the responses; null = no correction",
+        usual="2 to 5", used="verl, OpenRLHF 2 where they correct", gt=0,
+    )  # fmt: skip
 
 
 class RewardSettings(Settings):
@@ -268,6 +272,16 @@ class CheckSettings(Settings):
     )
 
 
+class RuntimeSettings(Settings):
+    """Who does the rooms' work. What is trained, and on what, does not depend on it."""
+
+    processes: int = knob(1, "Processes that share every update, on this machine or several", usual="one a GPU", ge=1)
+    sharding: Literal["replicate", "fsdp"] = knob(
+        "replicate", "Every process holds the whole model, or a share of each layer's weights (FSDP2)",
+        used="OpenRLHF ZeRO-3, verl FSDP",
+    )  # fmt: skip
+
+
 class DataSettings(Settings):
     """Your own prompts, in place of a world's."""
 
@@ -349,6 +363,7 @@ class RunSettings(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     checks: CheckSettings = CheckSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
     keep_samples: int = knob(8, "Responses kept of each update, with their per-token arrays", usual="0 to 16", ge=0)
     report_to: tuple[str, ...] = knob(
         (), "Trackers beside the run's own store: tensorboard, wandb, trackio, mlflow, …", used="TRL all installed"

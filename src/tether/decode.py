@@ -138,9 +138,11 @@ class Sampler:
                 for rows in (slice(first, first + size) for first in range(0, len(prompts), size))
             ]
         drafts = [draft for draft, _ in turns]
-        fields = (torch.cat([getattr(draft, name) for draft in drafts]) for name in _FIELDS)
+        responses, mask, logprobs, finished = (
+            torch.cat([getattr(draft, name) for draft in drafts]).to(home, copy=True) for name in _FIELDS
+        )
         heard = [states for _, states in turns if states is not None]
-        return Generation(*(field.to(home, copy=True) for field in fields)), torch.cat(heard) if heard else None
+        return Generation(responses, mask, logprobs, finished), torch.cat(heard) if heard else None
 
     def _write(
         self, ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, temperature: float, closing: int | None

@@ -30,7 +30,7 @@ from tether.errors import RunError
 from tether.models import LanguagePolicy
 from tether.reward_model import RewardModel
 
-FREE = ("checkpoint", "checks", "evaluation", "keep_samples", "report_to")
+FREE = ("checkpoint", "checks", "evaluation", "keep_samples", "report_to", "runtime")
 """Sections of the settings that a resumed run may have otherwise: they change what is looked at and kept alone."""
 NAMES = {
     "reference": "the reference (the SFT checkpoint)",

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.batch import KL_UNIT, Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences
+from tether.batch import KL_UNIT, Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences, Writer
 from tether.decode import Sampler
 from tether.errors import InputError, ModelError
 from tether.feeding import Recorder, understands_cache
@@ -101,6 +101,8 @@ class LanguagePolicy:
         self._heard: Heard | None = None
         self._trained = mode.trained()
         self._last = Remembered()
+        self.writer: Writer | None = None
+        """Who writes the responses; None is the policy's own sampler."""
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +128,8 @@ class LanguagePolicy:
         """
         _check_temperature(temperature)
         self._check_room(prompts.lengths, uniforms.shape[1])
+        if self.writer is not None:
+            return self.writer.write(prompts, uniforms, temperature)
         full = int(prompts.lengths.max()) + uniforms.shape[1] >= self.context
         closing = None if full else self.tokenizer.eos_token_id
         generation, states = self._sampler.sample(prompts, uniforms, temperature, closing)

@@ -5,7 +5,7 @@
     §3 how far it has drifted    kl_k1 · kl_k2 · kl_k3 · full_kl
     §4 score + string            tethered_rewards
     §5 surprise                  gae
-    §6 the proximal step         clipped_policy_loss
+    §6 the proximal step         clipped_policy_loss · truncated_weights
     §7 the baseline              clipped_value_loss · explained_variance
     §8 preferences               bradley_terry_loss
 
@@ -249,12 +249,14 @@ def clipped_policy_loss(
     clip_range: float = 0.2,
     *,
     denominator: float | Tensor | None = None,
+    weights: Float[Tensor, "batch response"] | None = None,
 ) -> Float[Tensor, ""]:
-    """L(θ) = E_t[max(−Â_t·r_t, −Â_t·clip(r_t, 1−ε, 1+ε))], r_t = π_θ(y_t|s_t)/π_θold(y_t|s_t): minus L^CLIP.
+    """L(θ) = E_t[w_t·max(−Â_t·r_t, −Â_t·clip(r_t, 1−ε, 1+ε))], r_t = π_θ(y_t|s_t)/π_θold(y_t|s_t): minus L^CLIP.
 
-    The mean runs over the true tokens; with `denominator`, the global token count, the losses of micro-batches and
-    ranks add up to that of the whole batch. The gradient flows through `logprobs` alone where the others are detached.
-    It vanishes for a token whose ratio has left the clip on the side that its advantage pulls to.
+    w_t = 1 unless `weights` says how much more probable a token is under π_θold than under what drew it
+    (`truncated_weights`). The mean runs over the true tokens; with `denominator`, the global token count, the losses of
+    micro-batches and ranks add up to that of the whole batch. The gradient flows through `logprobs` alone where the
+    others are detached. It vanishes for a token whose ratio has left the clip on the side that its advantage pulls to.
 
     Raises ShapeError; EmptyMaskError; InputError where ε ≤ 0. Schulman et al. 2017, eq. 7.
 
@@ -268,7 +270,36 @@ def clipped_policy_loss(
     ratio = kl_k1(_clear(logprobs, mask), _clear(old_logprobs, mask)).exp()
     advantages = _clear(advantages, mask)
     clipped_ratio = ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
-    return masked_mean(torch.maximum(-advantages * ratio, -advantages * clipped_ratio), mask, denominator=denominator)
+    losses = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    if weights is not None:
+        _check_same_shape(weights=weights, mask=mask)
+        losses = _clear(weights, mask) * losses
+    return masked_mean(losses, mask, denominator=denominator)
+
+
+def truncated_weights(
+    old_logprobs: Float[Tensor, "batch response"],
+    sampler_logprobs: Float[Tensor, "batch response"],
+    mask: Bool[Tensor, "batch response"],
+    cap: float = 2.0,
+) -> Float[Tensor, "batch response"]:
+    """w_t = min(π_θold(y_t|s_t)/q(y_t|s_t), cap), 0 where masked: corrects an expectation over q to one over π_θold.
+
+    The cap bounds the variance and biases towards q, only where q missed π by more than that. No gradient.
+
+    Raises ShapeError; EmptyMaskError; InputError where the cap is not above 0. Ionides 2008, «Truncated importance
+    sampling»; Espeholt et al. 2018, ρ̄.
+
+    >>> q, mask = torch.tensor([[0.1, 0.2]]).log(), torch.tensor([[True, True]])
+    >>> truncated_weights(torch.tensor([[0.5, 0.1]]).log(), q, mask, cap=2.0)
+    tensor([[2.0000, 0.5000]])
+    """
+    _check_same_shape(old_logprobs=old_logprobs, sampler_logprobs=sampler_logprobs, mask=mask)
+    _check_mask(mask)
+    if not cap > 0.0:
+        raise InputError(f"cap is {cap}; wanted a number above 0, as 2")
+    ratio = kl_k1(_clear(old_logprobs.detach(), mask), _clear(sampler_logprobs.detach(), mask)).exp()
+    return torch.where(mask, ratio.clamp(max=cap), 0.0)
 
 
 # ── §7 the baseline ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tether.batch import Evaluation, Generation, Policy, Prompts, ReferenceEvaluation, Rollout, Sequences
 from tether.config import SamplingSettings
-from tether.numerics import kl_k3, masked_mean
+from tether.numerics import kl_k3, masked_mean, truncated_weights
 from tether.text_stats import distinct_pairs
 
 
@@ -50,7 +50,18 @@ def sample(
         finished=generation.finished,
         metrics=seconds | _measure(generation, evaluation, reference),
         kl_values=evaluation.kl_values,
+        origin=generation.origin,
+        weights=_weights(generation, evaluation, settings.importance_cap),
     )
+
+
+def _weights(
+    generation: Generation, evaluation: Evaluation, cap: float | None
+) -> Float[Tensor, "batch response"] | None:
+    """min(π/q, cap) where the responses are not quite the policy's own."""
+    if generation.origin.is_exact or cap is None:
+        return None
+    return truncated_weights(evaluation.logprobs, generation.sampler_logprobs, generation.response_mask, cap)
 
 
 def _measure(generation: Generation, evaluation: Evaluation, reference: ReferenceEvaluation) -> dict[str, float]:

@@ -104,8 +104,9 @@ def _accumulate(
         evaluation = policy.evaluate(piece.sequences, temperature)
         mask, clip, value_clip = piece.sequences.response_mask, settings.clip_range, settings.value_clip_range
         policy_loss = clipped_policy_loss(
-            evaluation.logprobs, piece.old_logprobs, piece.advantages, mask, clip, denominator=denominator
-        )
+            evaluation.logprobs, piece.old_logprobs, piece.advantages, mask, clip, denominator=denominator,
+            weights=piece.weights,
+        )  # fmt: skip
         value_loss = _value_loss(evaluation, piece, value_clip, denominator)
         for name, loss in (("policy loss", policy_loss), ("value loss", value_loss)):
             if not bool(torch.isfinite(loss)):
