@@ -272,14 +272,57 @@ class CheckSettings(Settings):
     )
 
 
+class RaySettings(Settings):
+    """The workers of a Ray cluster: how many write, how many score, and how long they are waited for."""
+
+    address: str | None = knob(
+        None,
+        "Of a cluster, as auto or HOST:6379; null = that of RAY_ADDRESS, else a Ray of the run's own",
+        usual="auto",
+    )
+    rollout_workers: int = knob(
+        1, "Workers that write responses", usual="one a GPU", used="OpenRLHF, verl 1 to 64", ge=1
+    )
+    scoring_workers: int = knob(
+        1, "Workers with the reference and the reward models; 0 = the learner itself", usual="0 to as many as write",
+        ge=0,
+    )  # fmt: skip
+    cpus_per_worker: float = knob(1.0, "Cores that each worker is given", usual="1 to 8", gt=0)
+    gpus_per_worker: float = knob(0.0, "GPUs that each worker is given, or a share of one", usual="0 or 1", ge=0)
+    answer_seconds: float = knob(
+        300.0, "The longest wait for an answer of a worker, its restarts included", usual="60 to 1800", gt=0
+    )
+    object_store_mb: int | None = knob(
+        None, "Shared memory of a Ray of the run's own, in MiB; null = Ray's choice", usual="3 times the weights", ge=80
+    )
+
+
 class RuntimeSettings(Settings):
-    """Who does the rooms' work. What is trained, and on what, does not depend on it."""
+    """Who does the rooms' work. But for `overlap` and another engine's round-off, the course of a run is the same."""
 
     processes: int = knob(1, "Processes that share every update, on this machine or several", usual="one a GPU", ge=1)
     sharding: Literal["replicate", "fsdp"] = knob(
         "replicate", "Every process holds the whole model, or a share of each layer's weights (FSDP2)",
         used="OpenRLHF ZeRO-3, verl FSDP",
     )  # fmt: skip
+    writer: Literal["own", "vllm", "ray"] = knob(
+        "own", "Who writes the responses: the policy's own sampler, vLLM, or workers of Ray with that sampler",
+        used="OpenRLHF, verl vLLM",
+    )  # fmt: skip
+    overlap: bool = knob(
+        False, "Write the next update's responses while this one trains, by weights one update old; not with `own`",
+        usual="false", used="OpenRLHF --async_train, verl one-step off-policy",
+    )  # fmt: skip
+    ray: RaySettings = RaySettings()
+
+    @model_validator(mode="after")
+    def _elsewhere(self) -> RuntimeSettings:
+        if self.overlap and self.writer == "own":
+            raise contradiction(
+                ["overlap", "writer"],
+                "overlap is on and the policy writes itself, one thing after the other; wanted writer: ray or vllm",
+            )  # fmt: skip
+        return self
 
 
 class DataSettings(Settings):

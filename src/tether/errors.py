@@ -10,6 +10,7 @@
     ├── RewardError       a reward function or endpoint that failed, hangs or cannot be reached
     ├── AlarmError        a check failed in a run that shall stop at alarms
     ├── StopError         a run that was asked to stop, and did
+    ├── WorkerError       a worker or an engine that failed, does not answer in time or cannot be reached
     ├── OutOfMemory       a run that does not fit; also a MemoryError
     ├── RunError          a run folder that is missing, torn or in use
     └── MissingExtraError an optional dependency is not installed; also an ImportError
@@ -58,6 +59,10 @@ class AlarmError(TetherError):
 
 class StopError(TetherError):
     """A run that was asked to stop, by the page or `tether steer`, and did."""
+
+
+class WorkerError(TetherError):
+    """A worker or an engine elsewhere that failed, does not answer in time or cannot be reached."""
 
 
 class OutOfMemory(TetherError, MemoryError):
