@@ -90,6 +90,8 @@ TRANSLATED = (
     Translated("save_freq", "checkpoint.every", ("verl",)),
     Translated("max_ckpt_num", "checkpoint.keep", ("OpenRLHF",)),
     Translated("save_total_limit", "checkpoint.keep", ("TRL",)),
+    Translated("num_processes", "runtime.processes", ("TRL",), "as in accelerate launch"),
+    Translated("nproc_per_node", "runtime.processes", ("torchtune",)),
     Translated("sft_model_path", "model.source", ("TRL",)),
     Translated("model_name_or_path", "model.source", ("TRL",)),
     Translated("pretrain", "model.source", ("OpenRLHF",)),

@@ -24,6 +24,8 @@ from tether.memory_plan import memory_errors_explained
 from tether.models import LanguagePolicy
 from tether.recipe_files import parse_recipe
 from tether.resume import open_trained
+from tether.runtime.processes import require_processes
+from tether.runtime.ranks import joined
 from tether.session import prepare_process, train_run
 from tether.store import RunStore, free_name
 from tether.tasks import Brought, open_task, require_complete
@@ -127,9 +129,12 @@ def carry_out(
     """Open what the settings name, train, and leave everything in `root/name`."""
     prepare_process()
     brought = brought or Brought()
-    with memory_errors_explained(settings):
+    with joined() as ranks, memory_errors_explained(settings):
         wanted([*settings.report_to, *brought.trackers])  # complains before anything is loaded
-        folder = train_run(open_task(settings, console, brought), settings, root, name, console)
+        require_processes(settings, ranks)
+        console, name = console if ranks.is_first else Console(quiet=True), ranks.same(name)
+        task = ranks.together(lambda: open_task(settings, console, brought), first_ahead=True)
+        folder = ranks.same(train_run(task, settings, root, name, console))
     return TrainedRun(folder, settings, brought)
 
 

@@ -24,6 +24,7 @@ from tether.errors import RunError
 from tether.places import cache_folder
 from tether.prompts import PromptSource
 from tether.rollouts import sample
+from tether.runtime.ranks import here
 from tether.scores import score
 from tether.streams import uniforms
 
@@ -65,13 +66,16 @@ def keep_bank(
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
     cached, target = cache_folder() / "banks" / f"{digest}.json", folder / BANK_FILE
     try:
-        if not cached.is_file():
+        if not here().same(cached.is_file()):
             text = to_json(draw_bank(policy, source, judges, settings, seed))
+            if not here().is_first:
+                return target
             cached.parent.mkdir(parents=True, exist_ok=True)
             aside = cached.with_suffix(".new")
             aside.write_text(text, "utf-8")
             aside.replace(cached)
-        target.write_bytes(cached.read_bytes())
+        if here().is_first:
+            target.write_bytes(cached.read_bytes())
     except OSError as error:
         raise RunError(f"{target} cannot be written: {error.strerror or error}; free some space") from error
     return target

@@ -70,6 +70,11 @@ class Prompts:
     def lengths(self) -> Int[Tensor, "batch"]:
         return self.mask.sum(dim=1)
 
+    def rows(self, part: slice) -> Prompts:
+        """Neighbouring rows, as wide as before."""
+        columns = {name: entries[part] for name, entries in self.columns.items()}
+        return Prompts(self.ids[part], self.mask[part], self.texts[part], self.keys[part], columns)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -79,6 +84,8 @@ class Origin:
     """`tether` for the policy's own sampler; another engine's kernels round otherwise, so its q is not quite π."""
     staleness: int = 0
     """Updates between the weights that wrote the responses and those that stand when the update begins."""
+    version: int = 0
+    """Of the weights that wrote them, as the engine says: how often they have changed since it was opened."""
 
     @property
     def is_exact(self) -> bool:
@@ -119,6 +126,17 @@ class Writer(Protocol):
         """One response a prompt, at most as long as `uniforms` is wide, by the policy's weights as they stand, or by
         older ones within the bound that the user declared; the generation's `origin` says which.
         """
+
+
+@runtime_checkable
+class Referee(Protocol):
+    """Who says what the reference says of responses, in place of the policy's own process: workers elsewhere."""
+
+    def expect(self, sequences: Sequences, temperature: float) -> None:
+        """What will be asked soon; whoever works elsewhere may begin."""
+
+    def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
+        """The same numbers as the policy's own process gives, up to round-off."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +296,25 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def rows(self, part: slice) -> Rollout:
+        """Neighbouring rows, trimmed to the longest of them, without metrics."""
+        sequences = self.sequences.rows(torch.arange(len(self))[part])
+        width = sequences.response_mask.shape[1]
+        numbers = {
+            name: getattr(self, name)[part, :width]
+            for name in ("logprobs", "sampler_logprobs", "ref_logprobs", "values", "entropy", "full_kl")
+        }
+        return Rollout(
+            prompts=self.prompts.rows(part),
+            sequences=sequences,
+            texts=self.texts[part],
+            finished=self.finished[part],
+            kl_values=None if self.kl_values is None else self.kl_values[part, :width],
+            origin=self.origin,
+            weights=None if self.weights is None else self.weights[part, :width],
+            **numbers,
+        )
 
     def values_at(self, beta: float) -> Float[Tensor, "batch response"]:
         """V(s_t) on a string of this β: V_r − β·V_KL, or the one critic's own V."""

@@ -7,6 +7,7 @@ command is chosen, so that `tether --help` answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -129,13 +130,19 @@ def _call(name: str, command: Command, arguments: list[str]) -> int:
         outcome = _run_with_knobs(name, command, arguments) if command.flags else _run_plain(name, command, arguments)
         return outcome if isinstance(outcome, int) else 0
     except (TetherError, command.complains_in) as error:
-        print(f"tether {name}: {error}", file=sys.stderr)
+        _complain(f"tether {name}: {error}")
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print(f"tether {name}: stopped by Ctrl-C", file=sys.stderr)
+        _complain(f"tether {name}: stopped by Ctrl-C")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0
+
+
+def _complain(text: str) -> None:
+    """Say what is wrong, once: of several processes that share a run, all meet it and the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def _run_plain(name: str, command: Command, arguments: list[str]) -> object:

@@ -435,6 +435,10 @@ class RunSettings(Settings):
         """The same run with another number of updates."""
         return RunSettings.model_validate(self.dump() | {"ppo": self.ppo.model_dump(mode="json") | {"steps": steps}})
 
+    def with_processes(self, processes: int) -> RunSettings:
+        """The same run shared by so many processes."""
+        return self.model_copy(update={"runtime": self.runtime.model_copy(update={"processes": processes})})
+
     def dump(self) -> dict[str, object]:
         """As plain values, for YAML and JSON."""
         return self.model_dump(mode="json")

@@ -15,13 +15,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 from tether.config import RunSettings
 from tether.control import Command, Control
 from tether.errors import RunError, StopError, TetherError
 from tether.records import Applied, Update, Verdict
 from tether.rewards import controller
+from tether.runtime.ranks import ALONE, Ranks
 from tether.steering import STEERABLE, check_wish, conflict, judged, updates_of, value_of, with_values
 from tether.store import RunStore
 from tether.trainer import Run
@@ -31,6 +32,8 @@ AHEAD = "ahead"
 """Where `run.db` keeps the rulings that a resumed run has yet to come to."""
 POLL_SECONDS, BEAT_SECONDS = 0.05, 1.0
 
+Word = Literal["wait", "save", "turn", "end"]
+"""What the first of several processes tells the others between two updates."""
 Changes = dict[str, list[object]]
 """Knob → before, after this update, target."""
 
@@ -117,6 +120,8 @@ class Helm:
     ahead: dict[int, list[Applied]] = field(default_factory=dict)
     """What was ruled after the checkpoint that the run goes on from, by update."""
     paused: bool = False
+    ranks: Ranks = ALONE
+    """The processes that share the run; the first hears the wishes, the others do as it says."""
     _steps: int = 0
     """Updates that a paused run may still make."""
     _seen: int = 0
@@ -135,9 +140,39 @@ class Helm:
 
         Raises StopError where the run is asked to stop, KeyboardInterrupt where somebody at the terminal wants it to.
         """
-        self._take()
-        self._wait()
+        if not self.ranks.is_first:
+            self._follow()
+            return
+        try:
+            self._take()
+            self._wait()
+        except (TetherError, KeyboardInterrupt) as end:
+            self._tell("end", end)
+            raise
         self._turn()
+
+    def _tell(self, word: Word, what: object = None) -> None:
+        """Let the processes that follow know what this one does."""
+        if self.ranks.count > 1:
+            self.ranks.same((word, what))
+
+    def _follow(self) -> None:
+        """Do what the first process does, until it goes on."""
+        while True:
+            word, what = self.ranks.same(("wait", None))
+            if word == "save":
+                self.save()
+            if word == "end" and isinstance(what, BaseException):
+                raise what
+            if word == "turn" and isinstance(what, list):
+                for asked in what:
+                    self.rudder.ask(asked)
+                self.rudder.turn(self.run)
+                return
+
+    def _save(self) -> None:
+        self._tell("save")
+        self.save()
 
     def write(self, entry: Update) -> None:
         """Record what this update turned, and what became of the wishes, in its transaction."""
@@ -151,11 +186,12 @@ class Helm:
         beat = -math.inf
         while self.paused and not self._steps:
             if self.interrupted():
-                self.save()
+                self._save()
                 raise KeyboardInterrupt
             if self.clock() - beat >= BEAT_SECONDS:
                 beat = self.clock()
                 self.store.heartbeat(self.run.step, "paused")
+                self._tell("wait")
             time.sleep(POLL_SECONDS)
             self._take()
         self._steps = max(0, self._steps - 1)
@@ -200,7 +236,7 @@ class Helm:
             self.paused, self._steps = command.kind == "pause", 0
             self.say(f"{command.kind}d by {command.actor} before update {self.run.step}")
         if command.kind in ("checkpoint", "stop"):
-            self.save()
+            self._save()
         if command.kind == "stop":
             raise StopError(f"stopped by {command.actor} before update {self.run.step}, with a checkpoint")
 
@@ -233,6 +269,7 @@ class Helm:
                 self._rulings.append(Ruling(one.command_id, cast(Verdict, one.outcome), one.payload))
         mine += [(command.id, asked) for command, asked in self._waiting]
         self._waiting = []
+        self._tell("turn", [asked for _, asked in mine])
         for _, asked in mine:
             self.rudder.ask(asked)
         self._changes = self.rudder.turn(self.run)

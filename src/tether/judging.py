@@ -5,7 +5,8 @@
     anything else      prompts, responses and columns as texts       `batch.py:Reward`
 
 Room 3 asks the whole reward; a sum or an ensemble asks each of its parts in the same way, so that a part which can read
-rollouts does so wherever it stands.
+rollouts does so wherever it stands. Of several processes each reads its share with a model; a function or an address is
+asked once, by the first, with the whole batch.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tether.batch import JudgesRollouts, Prompt, Reward, Rollout, Scores, ScoresRollouts
 from tether.reward_functions import FunctionReward, name_of
 from tether.reward_numbers import numbers_of
+from tether.runtime.ranks import ALONE, here
 
 
 def judge(reward: Reward, rollout: Rollout) -> Scores:
@@ -24,10 +28,18 @@ def judge(reward: Reward, rollout: Rollout) -> Scores:
     if isinstance(reward, JudgesRollouts):
         return reward.judge_rollout(rollout)
     if isinstance(reward, ScoresRollouts):
-        numbers = numbers_of(reward.score_rollout(rollout), len(rollout), name_of(reward))
-    else:
-        numbers = ask(reward, rollout.prompts.texts, rollout.texts, rollout.prompts.columns)
+        return Scores(_shared_scores(reward, rollout))
+    numbers = here().ask_first(lambda: ask(reward, rollout.prompts.texts, rollout.texts, rollout.prompts.columns))
     return Scores(torch.tensor(numbers, dtype=torch.float64))
+
+
+def _shared_scores(reward: Reward, rollout: Rollout) -> Float[Tensor, "batch"]:
+    """A model's scores: each process reads its share of the responses."""
+    assert isinstance(reward, ScoresRollouts)
+    ranks = here() if len(rollout) >= here().count else ALONE
+    part = rollout if ranks.count == 1 else rollout.rows(ranks.share(len(rollout)))
+    numbers = ranks.together(lambda: numbers_of(reward.score_rollout(part), len(part), name_of(reward)))
+    return ranks.whole(torch.tensor(numbers, dtype=torch.float64), len(rollout))
 
 
 def ask(

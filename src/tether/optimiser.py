@@ -7,17 +7,20 @@ weight swallows steps below its 2⁻⁸ relative spacing. It knows no loss and n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tether.config import UpdateSettings
 from tether.errors import ModelError
+from tether.runtime.ranks import Ranks
 
 ADAM_BETAS = (0.9, 0.999)
 STEPS_TAKEN = "steps_taken"
 MASTER, COUNT = "master", "step"
+SUMMED_AT_ONCE = 1 << 24
+"""Entries of the gradients that the ranks add up in one message."""
 
 
 def numbered(groups: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
@@ -63,6 +66,16 @@ class Optimiser:
                 gradient = parameter.grad.float()
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
+
+    def sum_gradients(self, ranks: Ranks) -> None:
+        """Add up what the ranks collected, each its share: then all hold the gradient of the whole minibatch."""
+        if ranks.count == 1:
+            return
+        given = [p for masters in self.masters.values() for p in masters if p.grad is not None]
+        for gradients in _buckets([p.grad for p in given if p.grad is not None]):
+            flat = ranks.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def drop_policy_gradients(self) -> None:
         """Forget the gradients of all but the value head, so that its fit alone makes the step."""
@@ -147,6 +160,18 @@ class Optimiser:
     def _halves(self) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
         pairs = [pair for name in self.groups for pair in zip(self.groups[name], self.masters[name], strict=True)]
         return [(parameter, master) for parameter, master in pairs if parameter is not master]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, a bounded number of entries at once."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > SUMMED_AT_ONCE:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def _is_moment(name: str, tensor: Tensor, masters: Mapping[str, Tensor]) -> bool:

@@ -28,7 +28,10 @@ from tether.chain import link
 from tether.checkpoint import Checkpoints, Identity
 from tether.evaluation import Judged
 from tether.helm import Helm
+from tether.models import LanguagePolicy
+from tether.ranked import require_one_course
 from tether.records import Sample
+from tether.runtime.ranks import here
 from tether.scores import score
 from tether.snapshot import states_of
 from tether.store import RunStore
@@ -200,6 +203,10 @@ class Saver:
         """Rows first, then the state that goes on behind them. Raises RunError where the disk is full."""
         self.store.flush(self.run.step)
         snapshot = self.run.snapshot()
+        if isinstance(self.run.policy, LanguagePolicy):
+            require_one_course(self.run.policy, here())
+        if not here().is_first:
+            return
         states = {**snapshot.states, **states_of(watch=self.watch, rudder=self.rudder)}
         self.checkpoints.save(replace(snapshot, states=states), self.identity, self._worth())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from tether.checkpoint import Checkpoint, Checkpoints
@@ -20,6 +21,8 @@ from tether.models import LanguagePolicy
 from tether.recipe_files import load_recipe
 from tether.resuming import fork_run, resume_run
 from tether.runs import ROOT, find_run
+from tether.runtime.processes import launch, require_processes
+from tether.runtime.ranks import is_first, is_launched, joined
 from tether.session import open_policy, prepare_process
 from tether.snapshot import load_weights
 from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore, check_name
@@ -28,17 +31,29 @@ from tether.terminal import console_for_output
 from tether.worlds.world import open_world
 
 
-def main(run: str, /, root: Path = ROOT) -> None:
+def main(run: str, /, root: Path = ROOT, num_processes: int | None = None) -> int:
     """Go on with a run that was stopped or killed, as if it never had been.
 
     Args:
         run: The run's name below `root`, or the path of its folder.
         root: The folder that holds the run folders.
+        num_processes: Processes that share it from here on; by default as many as before.
     """
     prepare_process()
     console = console_for_output()
-    folder = resume_run(find_run(run, root), lambda settings: open_task(settings, console), console)
-    console.print(f"done: {folder}\nlook at it: tether show {folder}", soft_wrap=True)
+    found = find_run(run, root)
+    settings = load_recipe(str(found / CONFIG_FILE))
+    processes = settings.runtime.processes if num_processes is None else num_processes
+    if processes > 1 and not is_launched():
+        return launch(processes, ["resume", str(found), "--num-processes", str(processes)])
+    settings = settings.with_processes(processes)
+    with joined() as ranks:
+        console = console if ranks.is_first else Console(quiet=True)
+        require_processes(settings, ranks)
+        folder = resume_run(found, lambda settings: open_task(settings, console), console, settings)
+    if is_first():
+        console.print(f"done: {folder}\nlook at it: tether show {folder}", soft_wrap=True)
+    return 0
 
 
 def main_fork(

@@ -6,7 +6,7 @@ Read next: `checkpoint.py` (what is saved), `identity.py` (what is refused), `se
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,9 +15,11 @@ from tether.checkpoint import Checkpoint, Checkpoints, Identity
 from tether.config import RunSettings
 from tether.errors import ConfigError, RunError
 from tether.identity import differences, made_by, recorded_settings, require_same_settings
+from tether.ranked import shared
 from tether.recipe_files import load_recipe
 from tether.rewards import controller
-from tether.session import Session, Task, elsewhere, open_policy, see_through
+from tether.runtime.ranks import here
+from tether.session import Session, Task, elsewhere, open_policy, see_through, store_of
 from tether.snapshot import plain
 from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore
 
@@ -39,20 +41,36 @@ def resume_run(
     Raises RunError where the folder is no run, another process writes it, or settings, reference, tokenizer, reward or
     prompts are not what the run was started with, and whatever training raises.
     """
-    with RunStore.open(folder, readonly=False) as store:
-        chosen = load_recipe(str(folder / CONFIG_FILE)) if settings is None else settings
-        checkpoints = Checkpoints(folder / CHECKPOINTS, chosen.checkpoint)
-        start = checkpoints.newest(lambda text: console.print(text, soft_wrap=True), _rows(store))
-        recorded = store.meta()["config"] if start is None else start.identity.settings
-        require_same_settings(recorded, chosen, elsewhere(folder))
-        if _is_finished(store, chosen):
-            console.print(f"{folder} is finished: {chosen.ppo.steps} updates", soft_wrap=True)
-            return folder
-        _tell_start(store, start, console)
+    chosen = load_recipe(str(folder / CONFIG_FILE)) if settings is None else settings
+    with store_of(chosen, lambda: RunStore.open(folder, readonly=False)) as store:
+        found = here().ask_first(lambda: _place(folder, store, chosen, console))
+        if isinstance(found, Path):
+            return found
         store.put("config", chosen.dump())
-        task = open_task(chosen)
-        policy = open_policy(task.model, chosen, task.tokenizer)
-        return see_through(Session(task, chosen, policy, store, console, start), way_on)
+        task = here().together(lambda: open_task(chosen), first_ahead=True)
+        policy = here().together(lambda: open_policy(task.model, chosen, task.tokenizer))
+        session = Session(task, chosen, shared(policy, here()), store, console, found.start)
+        return here().same(see_through(session, way_on))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where a run goes on from; None is its beginning."""
+
+    start: Checkpoint | None
+
+
+def _place(folder: Path, store: RunStore, chosen: RunSettings, console: Console) -> _Found | Path:
+    """The checkpoint to go on from, or the folder itself where the run is finished."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS, chosen.checkpoint)
+    start = checkpoints.newest(lambda text: console.print(text, soft_wrap=True), _rows(store))
+    recorded = store.meta()["config"] if start is None else start.identity.settings
+    require_same_settings(recorded, chosen, elsewhere(folder))
+    if _is_finished(store, chosen):
+        console.print(f"{folder} is finished: {chosen.ppo.steps} updates", soft_wrap=True)
+        return folder
+    _tell_start(store, start, console)
+    return _Found(start)
 
 
 def fork_run(parent: Path, step: int | None, root: Path, name: str, settings: RunSettings) -> Path:

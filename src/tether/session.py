@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,11 +34,13 @@ from tether.loading import Source, layer_count
 from tether.models import LanguagePolicy, load_policy
 from tether.places import cache_folder
 from tether.prompts import PromptSet, PromptSource, fit
+from tether.ranked import shared, shared_snapshot
 from tether.recomputation import recompute_layers
 from tether.recording import Keeper, Saver, Screen, pieces_of, probes
 from tether.records import Applied, Status
 from tether.runtime.interrupt import Interrupt
 from tether.runtime.memory import keep_freed_memory
+from tether.runtime.ranks import here
 from tether.snapshot import restore_states
 from tether.store import CHECKPOINTS, RunStore
 from tether.trackers import Trackers
@@ -193,7 +196,7 @@ class Session:
             keeper.digest = self.store.chain().get(run.step - 1, "")
             helm = keeper.helm = Helm(
                 run, self.store, rudder, saver.save, lambda: interrupt.wanted, self._say,
-                control, ahead=ahead,
+                control, ahead=ahead, ranks=here(),
             )  # fmt: skip
             if self.settings.world == "nano" and run.step == 0:
                 self._keep_bank(identity)
@@ -206,6 +209,7 @@ class Session:
     def _identify(self, prompts: PromptSource) -> Identity:
         """What this run is. Raises RunError where its folder says that it is another."""
         identity = identify(self.settings, self.policy, self.task.judges.reward, prompts.ids)
+        _require_one_start(identity)
         recorded = dict(self.start.identity.digests) if self.start is not None else {}
         known = self.store.meta().get("digests")
         recorded |= known if isinstance(known, dict) else {}
@@ -239,17 +243,19 @@ class Session:
                 self.reference = self._judge(heldout)  # the weights are still the reference's own
             restore_states(self.start.states, watch=watch, rudder=rudder)
             rudder.put_into(run)
-            run.restore(self.start.snapshot())
-            self.checkpoints.point_at(run.step)
+            run.restore(shared_snapshot(self.start.snapshot, here()))
+            if here().is_first:
+                self.checkpoints.point_at(run.step)
         ahead = keep_ahead(self.store, run.step)
         self.store.truncate_after(run.step - 1)
         return ahead
 
     def _between(self, saver: Saver, heldout: PromptSource, interrupt: Interrupt, helm: Helm) -> Callable[[int], None]:
         def between(step: int) -> None:
-            if saver.is_due() or interrupt.wanted:
+            wanted = here().any(interrupt.wanted)
+            if saver.is_due() or wanted:
                 saver.save()
-            if interrupt.wanted:
+            if wanted:
                 raise KeyboardInterrupt
             self._evaluate(step, heldout, helm)
             if step < saver.run.settings.steps:
@@ -284,18 +290,45 @@ def train_run(
 
     Raises RunError where the folder exists or cannot be written, and whatever training raises.
     """
-    policy = open_policy(task.model, settings, task.tokenizer)
-    with RunStore.create(root, name, settings.dump()) as store:
+    ranks = here()
+    policy = shared(ranks.together(lambda: open_policy(task.model, settings, task.tokenizer)), ranks)
+    with store_of(settings, lambda: RunStore.create(root, name, settings.dump())) as store:
         store.put("sigma", 1.0)
         store.put("planted", PLANTED.get())
         store.put("source", None if isinstance(task.model, PreTrainedModel) else str(task.model))
         return see_through(Session(task, settings, policy, store, console), way_on)
 
 
+@contextmanager
+def store_of(settings: RunSettings, open_store: Callable[[], RunStore]) -> Iterator[RunStore]:
+    """The run's folder, which the first process alone writes; the others keep the same books in a folder of their own
+    that is gone with them. Raises on all what opening the folder raises.
+    """
+    ranks = here()
+    with ExitStack() as stack:
+        if ranks.is_first:
+            store = ranks.together(open_store)
+        else:
+            aside = Path(stack.enter_context(TemporaryDirectory(prefix="tether-")))
+            store = ranks.together(lambda: RunStore.create(aside, "aside", settings.dump()))
+        yield stack.enter_context(store)
+
+
+def _require_one_start(identity: Identity) -> None:
+    """Raise RunError where this process starts from something else than the first."""
+    ranks = here()
+    first = ranks.same(dict(identity.digests))
+
+    def compare() -> None:
+        require_same_digests(first, identity.digests, "Give every process the same files")
+
+    ranks.together(compare)
+
+
 def see_through(session: Session, way_on: str | None) -> Path:
     """Train to the end; however it ends, the folder says so and the terminal says how to go on."""
     store = session.store
-    named = [*session.settings.report_to, *session.task.trackers]
+    named = [*session.settings.report_to, *session.task.trackers] if here().is_first else []
     try:
         with Trackers.open(named, store.path, session.settings, session.console) as trackers:
             store.told = trackers.log

@@ -21,6 +21,7 @@ from tether.batch import Prompt, Rollout, Scores
 from tether.errors import InputError
 from tether.reward_functions import FunctionReward
 from tether.reward_numbers import token_rows_of
+from tether.runtime.ranks import here
 
 
 class _Placed(ABC):
@@ -45,7 +46,7 @@ class _Placed(ABC):
         ids = [row[real].tolist() for row, real in zip(rollout.sequences.responses, mask, strict=True)]
         places = [self.places(tokens, rollout.texts[row], row) for row, tokens in enumerate(ids)]
         columns = {**rollout.prompts.columns, "response_ids": ids}
-        given = self._function.ask(rollout.prompts.texts, rollout.texts, columns)
+        given = here().ask_first(lambda: self._function.ask(rollout.prompts.texts, rollout.texts, columns))
         rewards = torch.zeros(mask.shape, dtype=torch.float64)
         rows = token_rows_of(given, [len(wanted) for wanted in places], self.unit, self._function.name)
         for row, (numbers, wanted) in enumerate(zip(rows, places, strict=True)):

@@ -20,6 +20,7 @@ from tether.optimiser import Optimiser, numbered
 from tether.prompts import PromptSource
 from tether.rewards import Beta, controller, tether
 from tether.rollouts import sample
+from tether.runtime.ranks import here
 from tether.scores import score
 from tether.snapshot import Snapshot, load_weights, plain, restore_states, states_of, unplain
 from tether.streams import permutation, uniforms
@@ -113,7 +114,7 @@ def advance(run: Run) -> Record:
     run.watch(run, rollout, scores, rewards, experience)
     outcome = update(
         run.policy, experience, run.optimiser, run.orders(len(rollout)), knobs.update,
-        temperature=knobs.sampling.temperature, policy_frozen=warming_up,
+        temperature=knobs.sampling.temperature, policy_frozen=warming_up, ranks=here(),
     )  # fmt: skip
 
     metrics = {"learning_rate": learning_rate} | _join(rollout, scores, rewards, experience, outcome)

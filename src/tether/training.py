@@ -37,22 +37,30 @@ class Flags:
     """Plant this failure on purpose, to see what the checks say of it: docs/checks.md lists them."""
 
 
-def main(flags: Flags, overrides: Sequence[tuple[str, Words]]) -> None:
+def main(flags: Flags, overrides: Sequence[tuple[str, Words]]) -> int:
     """Train one policy by PPO; everything lands in ROOT/NAME."""
     settings, notes, recipe = choose(flags.recipe, overrides)
-    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     fault = check_fault(flags.fault)
     name = free_name(flags.root, flags.name or generic_name(recipe, settings))
     from tether.api import carry_out
     from tether.faults import faulty_settings, planted
+    from tether.runtime.processes import launch
+    from tether.runtime.ranks import is_first, is_launched
     from tether.tasks import require_complete
     from tether.terminal import console_for_output
 
     require_complete(settings)
+    if settings.runtime.processes > 1 and not is_launched():
+        arguments = ["train", *sys.argv[2:]] if flags.name else ["train", *sys.argv[2:], "--name", name]
+        return launch(settings.runtime.processes, arguments)
+    if is_first():
+        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     console = console_for_output()
     with planted(fault):
         run = carry_out(faulty_settings(settings, fault), flags.root, name, console)
-    console.print(f"done: {run.folder}\nlook at it: tether show {run.folder}", soft_wrap=True)
+    if is_first():
+        console.print(f"done: {run.folder}\nlook at it: tether show {run.folder}", soft_wrap=True)
+    return 0
 
 
 def choose(recipe: str | None, overrides: Sequence[tuple[str, object]]) -> tuple[RunSettings, list[str], str]:

@@ -20,11 +20,17 @@ from tether.config import UpdateSettings
 from tether.errors import NonFiniteError
 from tether.numerics import clipped_policy_loss, clipped_value_loss, kl_k3
 from tether.optimiser import Optimiser
+from tether.runtime.ranks import ALONE, Ranks
 
 EARLY_STOP_FACTOR = 1.5
 """The update ends when the epoch's mean k3(π_old, π) exceeds this × the target; Spinning Up's rule."""
 SKIPS_BEFORE_STOP = 8
 """Non-finite optimiser steps in one update before the run is stopped."""
+
+
+_SUMS = (
+    "approx_kl", "clip_fraction", "value_clip_fraction", "total_tokens", "policy_loss", "value_loss", "loss",
+)  # fmt: skip
 
 
 @dataclass
@@ -43,6 +49,21 @@ class _Tally:
         for name, amount in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + amount
 
+    def include(self, other: _Tally) -> None:
+        """Add what was seen of another minibatch."""
+        self.add(other.sums, other.tokens)
+        self.positions += other.positions
+        self.ratio_max = max(self.ratio_max, other.ratio_max)
+
+    def over(self, ranks: Ranks) -> _Tally:
+        """The same of all ranks together."""
+        if ranks.count == 1:
+            return self
+        numbers = [self.sums.get(name, 0.0) for name in _SUMS]
+        found = ranks.sum(torch.tensor([*numbers, self.tokens, self.positions], dtype=torch.float64)).tolist()
+        sums = dict(zip(_SUMS, found, strict=False))
+        return _Tally(sums, found[-2], ranks.largest(self.ratio_max), self.ratio_first, found[-1])
+
     def mean(self, name: str) -> float:
         return self.sums.get(name, 0.0) / self.tokens if self.tokens else float("nan")
 
@@ -56,12 +77,15 @@ def update(
     *,
     temperature: float = 1.0,
     policy_frozen: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Optimise policy and value head on one rollout; row e of `orders` is the order of responses in epoch e.
 
     Loss of a minibatch: L^CLIP + c_v·L^V, both means over its real tokens. An epoch that finds π further than 1.5 ×
     `early_stop_kl` (k3 per token) from π_old ends the update before its next step. A step whose loss or gradient is
-    not finite is skipped and counted. `policy_frozen` fits the value head alone.
+    not finite is skipped and counted. `policy_frozen` fits the value head alone. Of several `ranks`, which all hold the
+    whole rollout, each passes over its share of every minibatch; gradients and measurements are summed, so that all
+    take the same step.
 
     Raises NonFiniteError after 8 skipped steps, naming the first tensor that was not finite.
     """
@@ -74,14 +98,15 @@ def update(
         epochs.append(_Tally())
         for index in order.chunk(settings.minibatches):
             minibatch = experience.rows(index)
-            bad = _accumulate(policy, minibatch, optimiser, settings, epochs[-1], temperature, policy_frozen)
+            seen, bad = _accumulate(policy, minibatch, optimiser, settings, temperature, policy_frozen, ranks)
+            epochs[-1].include(seen)
             if epochs[-1].ratio_first is None:
                 epochs[-1].ratio_first = epochs[-1].ratio_max
             stopped = _drifted(epochs[-1], settings)
             if stopped:
                 optimiser.clear()
                 break
-            norms.append(_step(optimiser, bad, skipped, policy_frozen))
+            norms.append(_step(optimiser, bad, skipped, policy_frozen, ranks))
         if stopped:
             break
     metrics = _summarise(epochs, norms, len(skipped)) | {"seconds/update": time.perf_counter() - started}
@@ -93,13 +118,17 @@ def _accumulate(
     minibatch: Experience,
     optimiser: Optimiser,
     settings: UpdateSettings,
-    tally: _Tally,
     temperature: float,
     policy_frozen: bool,
-) -> str | None:
-    """Gradients of one minibatch, micro-batch by micro-batch. Returns the name of what was not finite, or None."""
+    ranks: Ranks,
+) -> tuple[_Tally, str | None]:
+    """Gradients of one minibatch, micro-batch by micro-batch, each rank those of its share.
+
+    Returns what was measured over all ranks, and the name of what was not finite, or None.
+    """
+    tally, bad = _Tally(), None
     denominator = float(minibatch.sequences.response_mask.sum())
-    for rows in micro_batches(minibatch.sequences.lengths, settings.tokens_per_micro_batch, settings.max_padding):
+    for rows, counts in passes(minibatch.sequences.lengths, settings, ranks):
         piece = minibatch.rows(rows)
         evaluation = policy.evaluate(piece.sequences, temperature)
         mask, clip, value_clip = piece.sequences.response_mask, settings.clip_range, settings.value_clip_range
@@ -108,16 +137,60 @@ def _accumulate(
             weights=piece.weights,
         )  # fmt: skip
         value_loss = _value_loss(evaluation, piece, value_clip, denominator)
-        for name, loss in (("policy loss", policy_loss), ("value loss", value_loss)):
-            if not bool(torch.isfinite(loss)):
-                return name
+        bad = bad or _not_finite(policy_loss, value_loss)
         value_part = settings.value_coef * value_loss
-        (value_part if policy_frozen else policy_loss + value_part).backward()  # type: ignore[no-untyped-call]
+        loss = value_part if policy_frozen else policy_loss + value_part
+        (loss if counts else 0.0 * loss).backward()  # type: ignore[no-untyped-call]
         optimiser.collect()
+        if bad or not counts:
+            continue
         _observe(tally, piece, evaluation.logprobs.detach(), evaluation.values.detach(), settings)
         _tally_losses(tally, policy_loss.item() * denominator, value_loss.item() * denominator, settings.value_coef)
         tally.positions += piece.sequences.ids.numel()
-    return None
+    return tally.over(ranks), _agreed(bad, ranks)
+
+
+def passes(
+    lengths: Int[Tensor, "rows"], settings: UpdateSettings, ranks: Ranks = ALONE
+) -> Sequence[tuple[Int[Tensor, "part"], bool]]:
+    """The micro-batches of this rank, as places in the minibatch; as many as any rank has, since weights that are
+    sharded are gathered by all in step. What fills up is passed through and does not count.
+    """
+    if ranks.count == 1:
+        return [(part, True) for part in micro_batches(lengths, settings.tokens_per_micro_batch, settings.max_padding)]
+    shares = balanced(lengths, ranks.count)
+    parts = [
+        [share[part] for part in micro_batches(lengths[share], settings.tokens_per_micro_batch, settings.max_padding)]
+        if len(share)
+        else []
+        for share in shares
+    ]
+    most, own = max(map(len, parts)), parts[ranks.rank]
+    filler = lengths.argmin().unsqueeze(0)
+    return [(part, True) for part in own] + [(filler, False)] * (most - len(own))
+
+
+def balanced(lengths: Int[Tensor, "rows"], shares: int) -> list[Int[Tensor, "share"]]:
+    """The rows dealt to so many, the longest first, each to whoever has the fewest tokens so far."""
+    sizes: list[int] = lengths.tolist()
+    hands: list[list[int]] = [[] for _ in range(shares)]
+    loads = [0] * shares
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        least = loads.index(min(loads))
+        hands[least].append(row)
+        loads[least] += sizes[row]
+    return [torch.tensor(sorted(hand), dtype=torch.long, device=lengths.device) for hand in hands]
+
+
+def _not_finite(policy_loss: Tensor, value_loss: Tensor) -> str | None:
+    """Which of the losses is not finite."""
+    losses = (("policy loss", policy_loss), ("value loss", value_loss))
+    return next((name for name, loss in losses if not bool(torch.isfinite(loss))), None)
+
+
+def _agreed(bad: str | None, ranks: Ranks) -> str | None:
+    """What was not finite on any rank."""
+    return (bad or "loss of another process") if ranks.any(bad is not None) else None
 
 
 def _value_loss(
@@ -163,8 +236,9 @@ def _drifted(tally: _Tally, settings: UpdateSettings) -> bool:
     return limit is not None and tally.mean("approx_kl") > EARLY_STOP_FACTOR * limit
 
 
-def _step(optimiser: Optimiser, bad: str | None, skipped: list[str], policy_frozen: bool) -> float:
+def _step(optimiser: Optimiser, bad: str | None, skipped: list[str], policy_frozen: bool, ranks: Ranks) -> float:
     """One optimiser step, unless something was not finite. Returns the gradient's norm."""
+    optimiser.sum_gradients(ranks)
     if policy_frozen:
         optimiser.drop_policy_gradients()
     norm = optimiser.gradient_norm()

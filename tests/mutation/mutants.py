@@ -21,6 +21,7 @@ NUMERICS = [
     "tests/test_numerics.py",
     "tests/test_tether_gradient.py",
     "tests/test_numerics_invariances.py",
+    "tests/test_importance.py",
 ]
 TESTS = {
     "numerics.py": NUMERICS,
