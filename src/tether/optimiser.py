@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from tether.config import UpdateSettings
 from tether.errors import ModelError
@@ -97,7 +98,9 @@ class Optimiser:
         self.steps_taken += 1
         for group in self.adam.param_groups:
             group["eps"] = self._epsilon()
+        stepped = [p for masters in self.masters.values() for p in masters if p.grad is not None]
         self.adam.step()
+        increment_version(stepped)  # a fused step writes without counting, and who keeps copies goes by the count
         with torch.no_grad():
             for parameter, master in self._halves():
                 parameter.copy_(master)
