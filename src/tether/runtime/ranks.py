@@ -186,12 +186,12 @@ def joined() -> Iterator[Ranks]:
 
 
 def _join() -> None:
-    backend = "cpu:gloo"
+    backend, limit = "gloo", timedelta(seconds=_timeout())
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=_timeout()))
+        dist.init_process_group(backend, timeout=limit)
     except (RuntimeError, ValueError, OSError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(
