@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.batch import KL_UNIT, Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences, Writer
+from tether.batch import KL_UNIT, Evaluation, Generation, Prompts, Referee, ReferenceEvaluation, Sequences, Writer
 from tether.decode import Sampler
 from tether.errors import InputError, ModelError
 from tether.feeding import Recorder, understands_cache
@@ -103,6 +103,8 @@ class LanguagePolicy:
         self._last = Remembered()
         self.writer: Writer | None = None
         """Who writes the responses; None is the policy's own sampler."""
+        self.referee: Referee | None = None
+        """Who says what the reference says; None is the policy's own process."""
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +131,10 @@ class LanguagePolicy:
         _check_temperature(temperature)
         self._check_room(prompts.lengths, uniforms.shape[1])
         if self.writer is not None:
-            return self.writer.write(prompts, uniforms, temperature)
+            generation = self.writer.write(prompts, uniforms, temperature)
+            if self.referee is not None:
+                self.referee.expect(Sequences.join(prompts, generation.trimmed(), self.pad), temperature)
+            return generation
         full = int(prompts.lengths.max()) + uniforms.shape[1] >= self.context
         closing = None if full else self.tokenizer.eos_token_id
         generation, states = self._sampler.sample(prompts, uniforms, temperature, closing)
@@ -164,6 +169,8 @@ class LanguagePolicy:
     def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
         """The same responses under the frozen reference, and the full-vocabulary KL to it."""
         _check_temperature(temperature)
+        if self.referee is not None:
+            return self.referee.evaluate_reference(sequences, temperature)
         hidden = self._last.recall(sequences, self._trained)
         if hidden is None:
             hidden = self._response_hidden(sequences, self.mode.states)

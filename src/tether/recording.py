@@ -207,7 +207,8 @@ class Saver:
             require_one_course(self.run.policy, here())
         if not here().is_first:
             return
-        states = {**snapshot.states, **states_of(watch=self.watch, rudder=self.rudder)}
+        writer = getattr(self.run.policy, "writer", None)
+        states = {**snapshot.states, **states_of(watch=self.watch, rudder=self.rudder, writer=writer)}
         self.checkpoints.save(replace(snapshot, states=states), self.identity, self._worth())
 
     def answer(self, on_alarm: OnAlarm) -> None:

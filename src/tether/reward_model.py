@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -112,6 +112,8 @@ class RewardModel:
         self._context = context_length(model)
         self._head = last_token_head(model)
         self._split = None if self.manifest.top_layers is None else cut(model, self._head, self.manifest.top_layers)
+        self.scorer: Callable[[Sequence[Sequence[int]]], Float[Tensor, "rows"]] | None = None
+        """Who gives the raw scores of token ids; None is this process."""
 
     @staticmethod
     def load(
@@ -162,7 +164,7 @@ class RewardModel:
         write for the same text, and a score is a function of the text.) A row without states is one of zeros.
         """
         rows, sequences = self.encode(rollout.prompts.texts, rollout.texts), rollout.sequences
-        if self._split is None or sequences.states is None or not self._knows(sequences):
+        if self.scorer is not None or self._split is None or sequences.states is None or not self._knows(sequences):
             return self.normalise(self.score_encoded(Encoded(rows)))
         known = [known_states(sequences, index, row) for index, row in enumerate(rows)]
         shared = [index for index, states in enumerate(known) if states is not None]
@@ -188,6 +190,8 @@ class RewardModel:
     @torch.no_grad()
     def score_encoded(self, encoded: Encoded) -> Float[Tensor, "batch"]:
         """Raw scores, float32, on the CPU; rows of similar length go together."""
+        if self.scorer is not None:
+            return self.scorer(encoded.rows)
         raw = torch.empty(len(encoded))
         for group in length_groups([len(row) for row in encoded.rows], TOKENS_AT_ONCE):
             raw[group] = self.forward(encoded.take(group)).cpu()

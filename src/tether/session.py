@@ -10,8 +10,9 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from tether import __version__
+from tether.ahead import look_ahead
 from tether.alarms import PLANTED
 from tether.bank import keep_bank
 from tether.batch import Reward
@@ -47,6 +49,7 @@ from tether.trackers import Trackers
 from tether.trainer import Run, train
 from tether.watch import Watch
 from tether.worlds.world import World
+from tether.writers import helped
 
 EVALUATED_AT_ONCE = 64
 TOP_LAYERS = 6
@@ -186,11 +189,13 @@ class Session:
             Interrupt(STOPPING) as interrupt,
             Screen(self.console, knobs.steps, title, start) as screen,
             Control.open(self.store.path) as control,
+            self._help(),
         ):
             watch = Watch.of(self.settings.checks)
             rudder = Rudder(self.settings)
             keeper = Keeper(self.store, screen, judges.unseen, self.settings.keep_samples, watch, self._pieces)
             run = Run(self.policy, judges.reward, prompts, knobs, keeper, watch.before)
+            look_ahead(self.policy.writer, run)
             ahead = self._take_up(run, heldout, watch, rudder)
             saver = Saver(run, self.checkpoints, identity, self.store, watch, rudder)
             keeper.digest = self.store.chain().get(run.step - 1, "")
@@ -205,6 +210,15 @@ class Session:
             except AlarmError:
                 saver.answer(watch.on_alarm)
                 raise
+
+    def _help(self) -> AbstractContextManager[None]:
+        """Workers and engines, where the settings ask for some."""
+        source, before = self.task.model, 0 if self.start is None else max(0, self.start.step - 1)
+        if isinstance(source, str | Path) and Path(source).exists():
+            source = Path(source).resolve()  # a worker stands in another folder
+        opening = partial(open_policy, source, self.settings, self.task.tokenizer)
+        rewards = self.task.judges.all.values()
+        return helped(self.settings, self.policy, opening, rewards, self.store.put, before)
 
     def _identify(self, prompts: PromptSource) -> Identity:
         """What this run is. Raises RunError where its folder says that it is another."""
@@ -241,7 +255,7 @@ class Session:
         if self.start is not None:
             if self.start.step:
                 self.reference = self._judge(heldout)  # the weights are still the reference's own
-            restore_states(self.start.states, watch=watch, rudder=rudder)
+            restore_states(self.start.states, watch=watch, rudder=rudder, writer=self.policy.writer)
             rudder.put_into(run)
             run.restore(shared_snapshot(self.start.snapshot, here()))
             if here().is_first:

@@ -1,0 +1,207 @@
+"""A Ray to work on: one that is there, found by its address, or one of the run's own on this machine.
+
+    with connected(settings) as cluster: …       leaves as it came; a Ray of the run's own ends with it
+    cluster.crew(role, build, count)             workers of one role, each a process with what `build` gives
+
+All crews of a run are asked for together (`cluster.reserve`) in one placement group (PACK: as few machines as hold
+them), so that a run either gets all its workers or says what it lacks. Ray is imported here, when somebody asks for it,
+and nowhere else but in `ray_crew.py`. Knows no model. Read next: `ray_crew.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tether.config import RaySettings
+from tether.errors import MissingExtraError, WorkerError
+from tether.runtime.ray_crew import Crew
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+ADDRESS = "RAY_ADDRESS"
+"""Where Ray itself, and `ray job submit`, say which cluster is meant."""
+KNOCK_SECONDS = 5.0
+"""For somebody to answer at the address at all."""
+ASK_SECONDS = 15.0
+"""For a Ray to say that it is one. Left to itself, `ray.init` tries for two minutes and ends the process."""
+PLACE_SECONDS = 60.0
+"""For a cluster to find room for the workers; one that grows by itself may take longer, and wants a second start."""
+MIB = 2**20
+
+
+@dataclass
+class Cluster:
+    """A Ray that this process is connected to."""
+
+    settings: RaySettings
+    address: str
+    _group: PlacementGroup | None = None
+    _taken: int = 0
+    _crews: list[Crew] = field(default_factory=list)
+
+    def reserve(self, workers: int) -> None:
+        """Room for all workers of the run, at once. Raises WorkerError where the cluster has none within a minute."""
+        import ray
+        from ray.util.placement_group import placement_group
+
+        wanted = {"CPU": self.settings.cpus_per_worker, "GPU": self.settings.gpus_per_worker}
+        bundle = {name: amount for name, amount in wanted.items() if amount}
+        self._group = placement_group([bundle] * workers, strategy="PACK")
+        if not self._group.wait(timeout_seconds=PLACE_SECONDS):
+            free = {name: ray.available_resources().get(name, 0.0) for name in bundle}
+            self.release()
+            raise WorkerError(
+                f"the Ray at {self.address} has no room for {workers} workers with {_amounts(bundle)} each; free are "
+                f"{_amounts(free)}: lower runtime.ray.rollout_workers or scoring_workers, or start more nodes"
+            )
+
+    def crew(self, role: str, build: Callable[[], object], count: int) -> Crew:
+        """So many workers of a role, in the room that was reserved; they start now, and answer when they have."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        places = [
+            {
+                "num_cpus": self.settings.cpus_per_worker,
+                "num_gpus": self.settings.gpus_per_worker,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, self._taken + worker),
+            }
+            for worker in range(count)
+        ]
+        self._taken += count
+        crew = Crew(role, build, places, self.settings.answer_seconds)
+        self._crews.append(crew)
+        return crew
+
+    def release(self) -> None:
+        """End the workers, and give their room back."""
+        from ray.util.placement_group import remove_placement_group
+
+        for crew in self._crews:
+            crew.dismiss()
+        if self._group is not None:
+            remove_placement_group(self._group)
+        self._crews, self._group, self._taken = [], None, 0
+
+
+@contextmanager
+def connected(settings: RaySettings) -> Iterator[Cluster]:
+    """A Ray for the length of a run: by `settings.address`, else by RAY_ADDRESS, else one of the run's own.
+
+    A Ray that this process was connected to before is used as it is, and left connected. Raises MissingExtraError
+    where Ray is not installed, WorkerError where nobody answers at the address, or no Ray.
+    """
+    require_ray()
+    import ray
+
+    address = settings.address or os.environ.get(ADDRESS)
+    before = ray.is_initialized()
+    if not before:
+        _quieten()
+        if address is None:
+            _start(settings)
+        else:
+            _connect(address)
+    cluster = Cluster(settings, address or "this machine")
+    try:
+        yield cluster
+    finally:
+        cluster.release()
+        if not before:
+            ray.shutdown()
+
+
+def require_ray() -> None:
+    """Raise MissingExtraError, with the install line, where Ray is not installed."""
+    try:
+        importlib.import_module("ray")
+    except ImportError as error:
+        raise MissingExtraError("runtime.writer: ray wants Ray; install it: pip install 'tether[ray]'") from error
+
+
+def _quieten() -> None:
+    """Ray tells of its start and of every worker on the terminal, where the run's own lines stand."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _start(settings: RaySettings) -> None:
+    """A Ray on this machine that ends with this process, with a core for each worker whether there is one or not."""
+    import ray
+
+    workers = settings.rollout_workers + settings.scoring_workers
+    store = settings.object_store_mb
+    try:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, round(workers * settings.cpus_per_worker + 0.5)),
+            object_store_memory=None if store is None else store * MIB,
+            include_dashboard=False, configure_logging=False, log_to_driver=False,
+        )  # fmt: skip
+    except Exception as error:
+        raise WorkerError(
+            f"Ray did not start on this machine: {_line(error)}. Its own words are in /tmp/ray/session_latest/logs; it "
+            "wants a few hundred MB of memory and of /dev/shm"
+        ) from error
+
+
+def _connect(address: str) -> None:
+    """Join the Ray at an address, after a look whether there is one."""
+    import ray
+
+    if address != "auto":
+        _look(address)
+    try:
+        ray.init(address=address, configure_logging=False, log_to_driver=False)
+    except (Exception, SystemExit) as error:
+        raise WorkerError(
+            f"no Ray can be used at {address}: {_line(error)}. Start one (ray start --head), or leave "
+            "runtime.ray.address out for one of the run's own"
+        ) from error
+
+
+def _look(address: str) -> None:
+    """Raise WorkerError unless a Ray of this version answers at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdecimal():
+        raise WorkerError(
+            f"runtime.ray.address is {address!r}; wanted auto or HOST:PORT of a head node, as 10.0.0.1:6379 (from "
+            "another machine: ray job submit)"
+        )
+    try:
+        socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
+    except OSError as error:
+        raise WorkerError(
+            f"nobody answers at runtime.ray.address {address}: {error}. Is the head node up, and the port that of "
+            "`ray start --head` (6379)?"
+        ) from error
+    asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise WorkerError(
+            f"what answers at runtime.ray.address {address} is no Ray; wanted the head node's port, 6379 by default"
+        ) from None
+    if said.returncode:
+        raise WorkerError(f"the Ray at {address} cannot be used: {_last_line(said.stderr or said.stdout)}")
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    """`2 CPU and 1 GPU`."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it says nothing"])[-1][:300]

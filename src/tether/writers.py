@@ -1,0 +1,82 @@
+"""Who does the rooms' work in place of the learner's own process: opened for a run, and closed after it.
+
+    runtime.writer: own      nobody: the policy's sampler, its reference and the reward models stand here
+    runtime.writer: vllm     vLLM writes, in an engine of its own
+    runtime.writer: ray      rollout workers write; scoring workers say what reference and reward models say
+
+Help is put where the work is done, `policy.writer`, `policy.referee` and `RewardModel.scorer`, so the loop, the checks
+and the evaluations ask as they always do, and what a run is (`identity.py`) does not change. A user's own reward
+function stays with the learner: it may count its calls, or hold a connection. Read next: `remote.py`, `ahead.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from tether.ahead import Ahead
+from tether.batch import Reward
+from tether.config import RunSettings
+from tether.models import LanguagePolicy
+
+Note = Callable[[str, object], None]
+"""Keeps a fact of the run."""
+
+
+@contextmanager
+def helped(
+    settings: RunSettings,
+    policy: LanguagePolicy,
+    open_policy: Callable[[], LanguagePolicy],
+    rewards: Iterable[Reward],
+    note: Note,
+    first: int = 0,
+) -> Iterator[None]:
+    """For the length of a run, the help that its settings ask for.
+
+    `open_policy` opens the policy at its start, wherever it is called; `first` is the version of its weights, the
+    updates that have moved them. Raises MissingExtraError where the extra is not installed, WorkerError where the help
+    cannot be had, and what opening the policy elsewhere raises.
+    """
+    with ExitStack() as stack:
+        if settings.runtime.writer == "vllm":
+            stack.enter_context(_vllm(settings, policy, first))
+        if settings.runtime.writer == "ray":
+            stack.enter_context(_ray(settings, policy, open_policy, rewards, note, first))
+        yield
+
+
+@contextmanager
+def _vllm(settings: RunSettings, policy: LanguagePolicy, first: int) -> Iterator[None]:
+    from tether.vllm_run import vllm_writing
+
+    with vllm_writing(settings, policy, first) as writer:
+        policy.writer = Ahead(writer) if settings.runtime.overlap else writer
+        try:
+            yield
+        finally:
+            policy.writer = None
+
+
+@contextmanager
+def _ray(
+    settings: RunSettings,
+    policy: LanguagePolicy,
+    open_policy: Callable[[], LanguagePolicy],
+    rewards: Iterable[Reward],
+    note: Note,
+    first: int,
+) -> Iterator[None]:
+    from tether.ray_run import ray_roles
+
+    with ray_roles(settings, policy, open_policy, rewards, note, first) as roles:
+        policy.writer = Ahead(roles.writer) if settings.runtime.overlap else roles.writer
+        policy.referee = roles.referee
+        for model, scorer in roles.scorers:
+            model.scorer = scorer
+        try:
+            yield
+        finally:
+            policy.writer = policy.referee = None
+            for model, _ in roles.scorers:
+                model.scorer = None
