@@ -31,7 +31,11 @@ RUNS = {
     "full": settings_of("full", steps=STEPS, controller="fixed"),
     "lora": settings_of("lora", steps=STEPS, controller="fixed"),
     "top": settings_of("top", steps=STEPS, controller="fixed"),
+    "full-in-shares": settings_of("full", steps=STEPS, controller="fixed", runtime={"sharding": "fsdp"}),
+    "lora-in-shares": settings_of("lora", steps=STEPS, controller="fixed", runtime={"sharding": "fsdp"}),
+    "top-in-shares": settings_of("top", steps=STEPS, controller="fixed", runtime={"sharding": "fsdp"}),
     "stopped": settings_of("top", steps=STEPS, controller="fixed"),
+    "stopped-in-shares": settings_of("full", steps=STEPS, controller="fixed", runtime={"sharding": "fsdp"}),
 }
 
 
@@ -48,7 +52,7 @@ class Posting:
             return self._scores(responses)
         if self._calls == 2 and len(responses) == 8:
             self._post("set", {"ppo.reward.beta": 0.15})
-        if self._calls == 3 and len(responses) == 8 and self._run.name == "stopped":
+        if self._calls == 3 and len(responses) == 8 and self._run.name.startswith("stopped"):
             self._post("stop", {})
         return self._scores(responses)
 

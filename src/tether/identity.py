@@ -29,6 +29,7 @@ from tether.config import RunSettings
 from tether.errors import RunError
 from tether.models import LanguagePolicy
 from tether.reward_model import RewardModel
+from tether.runtime.sharding import whole
 
 FREE = ("checkpoint", "checks", "evaluation", "keep_samples", "report_to", "runtime")
 """Sections of the settings that a resumed run may have otherwise: they change what is looked at and kept alone."""
@@ -133,7 +134,7 @@ def of_tensors(tensors: Iterable[Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        plain = whole(tensor.detach()).cpu().contiguous().reshape(-1)
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -39,6 +39,7 @@ from tether.loading import (
     stop_tokens,
 )
 from tether.modes import FullMode, LoraMode, Mode, OtherReference, TopMode
+from tether.runtime.sharding import local
 from tether.states import Heard, Remembered, gather, lay_out, parts_of
 from tether.trunk import run_backbone
 
@@ -273,7 +274,7 @@ class ValueFunction(nn.Module):
 
 
 def _storages(tensors: Sequence[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    return {local(tensor.detach()).untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
 
 
 def _check_temperature(temperature: float) -> None:

@@ -56,6 +56,9 @@ class Mode(Protocol):
     def reference(self) -> list[Tensor]:
         """Every weight that the reference is computed from."""
 
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers of policy and reference, each once: what processes may hold in shares."""
+
     def save(self, folder: Path, merged: bool) -> None:
         """Write the policy's weights; `merged` folds adapters into them."""
 
@@ -85,6 +88,9 @@ class FullMode:
 
     def reference(self) -> list[Tensor]:
         return list(self._reference.parameters())
+
+    def layers(self) -> list[nn.Module]:
+        return layers_of(self.model) + layers_of(self._reference)
 
     def save(self, folder: Path, merged: bool) -> None:  # noqa: ARG002
         self.model.save_pretrained(folder)
@@ -135,6 +141,9 @@ class LoraMode:
     def reference(self) -> list[Tensor]:
         return [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
 
+    def layers(self) -> list[nn.Module]:
+        return layers_of(self.model)
+
     def save(self, folder: Path, merged: bool) -> None:
         (copy.deepcopy(self.adapters).merge_and_unload() if merged else self.adapters).save_pretrained(folder)
 
@@ -173,6 +182,9 @@ class TopMode:
         originals = [parameter for module in self._split.originals for parameter in module.parameters()]
         return originals + [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
 
+    def layers(self) -> list[nn.Module]:
+        return [*layers_of(self.model), *self._split.frozen_layers]
+
     def save(self, folder: Path, merged: bool) -> None:  # noqa: ARG002
         self.model.save_pretrained(folder)
 
@@ -196,6 +208,15 @@ class OtherReference:
 
     def reference(self) -> list[Tensor]:
         return list(self._reference.parameters())
+
+    def layers(self) -> list[nn.Module]:
+        return self._mode.layers() + layers_of(self._reference)
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """A model's decoder layers, in order."""
+    name = decoder_layers(model.base_model, model.config.get_text_config().num_hidden_layers)
+    return list(model.base_model.get_submodule(name).children())
 
 
 def default_lora(model: PreTrainedModel, rank: int) -> object:

@@ -15,7 +15,8 @@ from torch.autograd.graph import increment_version
 
 from tether.config import UpdateSettings
 from tether.errors import ModelError
-from tether.runtime.ranks import Ranks
+from tether.runtime.ranks import Ranks, here
+from tether.runtime.sharding import is_sharded, local, piece, whole_of
 
 ADAM_BETAS = (0.9, 0.999)
 STEPS_TAKEN = "steps_taken"
@@ -40,8 +41,7 @@ class Optimiser:
         self.groups = {name: list(parameters) for name, parameters in groups.items() if len(parameters)}
         self.settings = settings
         self.masters = {
-            name: [torch.nn.Parameter(p.detach().float().clone()) if _is_half(p) else p for p in parameters]
-            for name, parameters in self.groups.items()
+            name: [_master(parameter) for parameter in parameters] for name, parameters in self.groups.items()
         }
         self.adam = torch.optim.Adam(
             [{"params": masters, "name": name} for name, masters in self.masters.items()],
@@ -51,6 +51,9 @@ class Optimiser:
             fused=True,  # one pass over weights, gradients and moments; of twenty million weights a tenth of the time
         )
         self.steps_taken = 0
+        pairs = [pair for name in self.groups for pair in zip(self.groups[name], self.masters[name], strict=True)]
+        self._pieces = [master for parameter, master in pairs if is_sharded(parameter)]
+        self._whole = [master for parameter, master in pairs if not is_sharded(parameter)]
 
     def set_progress(self, fraction_done: float) -> float:
         """Set the learning rates for this share of the run; returns the policy's."""
@@ -61,10 +64,10 @@ class Optimiser:
         return self.settings.learning_rate * scale
 
     def collect(self) -> None:
-        """Add the gradients of half-precision weights to their masters, in float32, and clear them."""
+        """Add the gradients of weights that have masters to these, in float32, and clear them."""
         for parameter, master in self._halves():
             if parameter.grad is not None:
-                gradient = parameter.grad.float()
+                gradient = local(parameter.grad).float()
                 master.grad = gradient if master.grad is None else master.grad + gradient
                 parameter.grad = None
 
@@ -72,7 +75,7 @@ class Optimiser:
         """Add up what the ranks collected, each its share: then all hold the gradient of the whole minibatch."""
         if ranks.count == 1:
             return
-        given = [p for masters in self.masters.values() for p in masters if p.grad is not None]
+        given = [p for p in self._whole if p.grad is not None]  # those of pieces were added up on the way back
         for gradients in _buckets([p.grad for p in given if p.grad is not None]):
             flat = ranks.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
             for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
@@ -87,8 +90,13 @@ class Optimiser:
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm over all groups."""
-        gradients = [p.grad for masters in self.masters.values() for p in masters if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        gradients = [p.grad for p in self._whole if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        if not self._pieces:
+            return norm
+        pieces = [p.grad for p in self._pieces if p.grad is not None]
+        squares = torch.nn.utils.get_total_norm(pieces).square() if pieces else torch.zeros(())
+        return (norm.square() + here().sum(squares.to(norm.device))).sqrt()
 
     def step(self, norm: Tensor) -> None:
         """Clip to the settings' norm, step, and copy the masters back into the weights."""
@@ -103,7 +111,8 @@ class Optimiser:
         increment_version(stepped)  # a fused step writes without counting, and who keeps copies goes by the count
         with torch.no_grad():
             for parameter, master in self._halves():
-                parameter.copy_(master)
+                local(parameter).copy_(master)
+                increment_version(parameter)
         self.clear()
 
     def clear(self) -> None:
@@ -114,14 +123,18 @@ class Optimiser:
                 parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on beside weights and settings, by name; shared, not copied.
+        """What the next step depends on beside weights and settings, by name; shared, not copied, unless this process
+        holds pieces only: then all processes ask, and get the whole.
 
         `policy.0003.exp_avg` and the like are Adam's, of each weight that was stepped; `policy.0003.master` is the
         float32 master of a half-precision weight; `steps_taken` counts.
         """
-        state = {STEPS_TAKEN: torch.tensor(self.steps_taken)} | self._named_masters()
-        for name, master in numbered(self.masters).items():
-            state |= {f"{name}.{part}": tensor for part, tensor in self.adam.state.get(master, {}).items()}
+        state = {STEPS_TAKEN: torch.tensor(self.steps_taken)}
+        weights, masters = numbered(self.groups), numbered(self.masters)
+        state |= {name: whole_of(own, weights[_weight_of(name)]) for name, own in self._named_masters().items()}
+        for name, master in masters.items():
+            known = self.adam.state.get(master, {}).items()
+            state |= {f"{name}.{part}": whole_of(tensor, weights[name]) for part, tensor in known}
         return state
 
     @torch.no_grad()
@@ -130,11 +143,11 @@ class Optimiser:
 
         Raises ModelError where they are of other weights; then nothing was changed.
         """
-        masters, own = numbered(self.masters), self._named_masters()
+        weights, masters, own = numbered(self.groups), numbered(self.masters), self._named_masters()
         moments = {name: tensor for name, tensor in state.items() if name != STEPS_TAKEN and name not in own}
         strange = sorted({STEPS_TAKEN, *own} - state.keys())
-        strange += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
-        strange += [name for name, moment in moments.items() if not _is_moment(name, moment, masters)]
+        strange += [name for name in own.keys() & state.keys() if weights[_weight_of(name)].shape != state[name].shape]
+        strange += [name for name, moment in moments.items() if not _is_moment(name, moment, weights)]
         if strange:
             raise ModelError(
                 f"the optimiser's state does not fit this policy in {', '.join(strange[:3])}; wanted that of the same "
@@ -142,17 +155,18 @@ class Optimiser:
             )
         self.steps_taken = int(state[STEPS_TAKEN])
         for name, master in own.items():
-            master.copy_(state[name])
+            master.copy_(piece(state[name], weights[_weight_of(name)]))
         self.adam.state.clear()
         for name, moment in moments.items():
             weight, _, part = name.rpartition(".")
             like = moment if part == COUNT else masters[weight]  # Adam keeps its counts on the CPU
-            self.adam.state[masters[weight]][part] = torch.empty_like(like).copy_(moment)
+            given = moment if part == COUNT else piece(moment, weights[weight])
+            self.adam.state[masters[weight]][part] = torch.empty_like(like).copy_(given)
 
     def _named_masters(self) -> dict[str, Tensor]:
-        """The masters that are no weights of the policy themselves."""
+        """The masters that hold other numbers than the weights of the policy: those of half-precision weights."""
         weights, masters = numbered(self.groups), numbered(self.masters)
-        return {f"{name}.{MASTER}": masters[name] for name in masters if masters[name] is not weights[name]}
+        return {f"{name}.{MASTER}": masters[name] for name in masters if _is_half(weights[name])}
 
     def _epsilon(self) -> float:
         """ε as torch's Adam wants it. TensorFlow adds ε before the bias correction of √v: ε/√(1 − β₂ᵗ) here."""
@@ -177,12 +191,24 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _is_moment(name: str, tensor: Tensor, masters: Mapping[str, Tensor]) -> bool:
+def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """What Adam steps: the weight itself, a float32 copy of a half-precision one, or the piece that is held here."""
+    if _is_half(parameter):
+        return torch.nn.Parameter(local(parameter.detach()).float().clone())
+    return torch.nn.Parameter(local(parameter.detach())) if is_sharded(parameter) else parameter
+
+
+def _weight_of(name: str) -> str:
+    """`policy.0003` of `policy.0003.master`."""
+    return name.rpartition(".")[0]
+
+
+def _is_moment(name: str, tensor: Tensor, weights: Mapping[str, Tensor]) -> bool:
     """Whether this can be one of Adam's tensors of one of these weights."""
     weight, _, part = name.rpartition(".")
-    if weight not in masters or part == MASTER:
+    if weight not in weights or part == MASTER:
         return False
-    return tensor.shape == (torch.Size() if part == COUNT else masters[weight].shape)
+    return tensor.shape == (torch.Size() if part == COUNT else weights[weight].shape)
 
 
 def _is_half(parameter: Tensor) -> bool:

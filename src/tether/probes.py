@@ -21,6 +21,8 @@ from tether.alarms import Alarm
 from tether.batch import JudgesRollouts, Policy, Reward, Rollout, Scores, ScoresRollouts, Sequences
 from tether.checks import Tolerance
 from tether.models import LanguagePolicy, shares_storage
+from tether.runtime.ranks import here
+from tether.runtime.sharding import is_sharded, local
 
 PROBE_ROWS, PROBE_TOKENS = 2, 16
 """Of the reference's probe: short, so that it can be asked in every update."""
@@ -84,8 +86,18 @@ def reference_weights(policy: Policy) -> list[Tensor]:
 
 
 def fingerprint(policy: Policy) -> list[int]:
-    """A sum of the bits of what trains, group by group."""
-    return [sum(_sum(weight) for weight in group) for group in policy.trainable().values()]
+    """A sum of the bits of what trains, group by group; of weights held in pieces, over all of them."""
+    return [sum(_sums(group)) for group in policy.trainable().values()]
+
+
+def _sums(weights: Sequence[Tensor]) -> list[int]:
+    """Each weight's sum of bits."""
+    own = torch.tensor([_sum(weight) for weight in weights], dtype=torch.int64)
+    pieces = torch.tensor([is_sharded(weight) for weight in weights])
+    if bool(pieces.any()):
+        own[pieces] = here().sum(own[pieces])
+    sums: list[int] = own.tolist()
+    return sums
 
 
 def check_storage(policy: Policy, optimised: Sequence[Tensor]) -> Iterator[Alarm]:
@@ -94,7 +106,7 @@ def check_storage(policy: Policy, optimised: Sequence[Tensor]) -> Iterator[Alarm
         yield Alarm("reference_moves", "a trained weight and a weight of the reference are the same memory", {})
         return
     anchored = _storages(reference_weights(policy))
-    held = [tensor for tensor in optimised if tensor.untyped_storage().data_ptr() in anchored]
+    held = [tensor for tensor in optimised if _storages([tensor]) & anchored]
     if held:
         yield Alarm(
             "reference_moves",
@@ -210,17 +222,17 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _sum(weight: Tensor) -> int:
     """Σ of the weight's bits as integers: a write that changes a bit changes the sum, but for a permutation."""
-    bits: Int[Tensor, "numbers"] = weight.detach().contiguous().view(-1).view(_BITS[weight.element_size()])
+    bits: Int[Tensor, "numbers"] = local(weight.detach()).contiguous().view(-1).view(_BITS[weight.element_size()])
     return int(bits.sum(dtype=torch.int64))
 
 
 def _version(weight: Tensor) -> tuple[int, int]:
     """Where the weight lies, and how often it was written to in place, as autograd counts; −1 where it does not."""
-    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
+    return local(weight.detach()).data_ptr(), -1 if weight.is_inference() else weight._version
 
 
 def _storages(tensors: Sequence[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+    return {local(tensor.detach()).untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
 
 
 def _few(numbers: Sequence[float]) -> str:

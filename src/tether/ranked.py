@@ -24,13 +24,16 @@ from tether.errors import RunError
 from tether.models import LanguagePolicy
 from tether.probes import fingerprint
 from tether.runtime.ranks import Ranks
+from tether.runtime.sharding import gathered, shard
 from tether.snapshot import Snapshot
 
 
 class RankedPolicy(LanguagePolicy):
     """One process's copy of a policy that several train."""
 
-    def __init__(self, policy: LanguagePolicy, ranks: Ranks) -> None:
+    def __init__(self, policy: LanguagePolicy, ranks: Ranks, sharded: bool = False) -> None:
+        """`sharded`: the processes hold the layers' weights in shares."""
+        self._pieces = shard(policy.mode.layers(), ranks) if sharded else []
         super().__init__(policy.mode, policy.value, policy.tokenizer)
         self.ranks = ranks
         self._shared: tuple[weakref.ref[Sequences], Sequences] | None = None
@@ -40,10 +43,11 @@ class RankedPolicy(LanguagePolicy):
         rows = len(prompts)
         if self.writer is not None:
             return self.ranks.ask_first(lambda: LanguagePolicy.generate(self, prompts, uniforms, temperature))
-        if not self._is_shared(rows):
-            return super().generate(prompts, uniforms, temperature)
-        mine = self.ranks.share(rows)
-        written = super().generate(prompts.rows(mine), uniforms[mine], temperature)
+        with gathered(self._pieces):
+            if not self._is_shared(rows):
+                return super().generate(prompts, uniforms, temperature)
+            mine = self.ranks.share(rows)
+            written = super().generate(prompts.rows(mine), uniforms[mine], temperature)
         wide = uniforms.shape[1]
         return Generation(
             self.ranks.whole(_widened(written.responses, wide), rows),
@@ -56,9 +60,10 @@ class RankedPolicy(LanguagePolicy):
     def prepare(self, sequences: Sequences) -> Sequences:
         """As `LanguagePolicy`; every process then holds the trunk's states of all rows."""
         rows = len(sequences)
-        if not self._is_shared(rows):
-            return super().prepare(sequences)
-        prepared = super().prepare(self._share_of(sequences))
+        with gathered(self._pieces):
+            if not self._is_shared(rows):
+                return super().prepare(sequences)
+            prepared = super().prepare(self._share_of(sequences))
         self._shared = None  # the sequences below are others
         if prepared.states is None:
             return sequences
@@ -72,9 +77,12 @@ class RankedPolicy(LanguagePolicy):
     def evaluate(self, sequences: Sequences, temperature: float) -> Evaluation:
         """Without gradients all rows, shared; with gradients these rows are this process's own."""
         rows = len(sequences)
-        if torch.is_grad_enabled() or not self._is_shared(rows):
+        if torch.is_grad_enabled():
             return super().evaluate(sequences, temperature)
-        said = super().evaluate(self._share_of(sequences), temperature)
+        with gathered(self._pieces):
+            if not self._is_shared(rows):
+                return super().evaluate(sequences, temperature)
+            said = super().evaluate(self._share_of(sequences), temperature)
         wide = sequences.response_mask.shape[1]
         return Evaluation(
             self._gathered(said.logprobs, rows, wide),
@@ -87,11 +95,18 @@ class RankedPolicy(LanguagePolicy):
     def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
         """As `LanguagePolicy`."""
         rows = len(sequences)
-        if not self._is_shared(rows):
-            return super().evaluate_reference(sequences, temperature)
-        said = super().evaluate_reference(self._share_of(sequences), temperature)
+        with gathered(self._pieces):
+            if not self._is_shared(rows):
+                return super().evaluate_reference(sequences, temperature)
+            said = super().evaluate_reference(self._share_of(sequences), temperature)
         wide = sequences.response_mask.shape[1]
         return ReferenceEvaluation(*(self._gathered(numbers, rows, wide) for numbers in (said.logprobs, said.full_kl)))
+
+    @torch.no_grad()
+    def logits_of(self, sequences: Sequences) -> Float[Tensor, "tokens vocab"]:
+        """As `LanguagePolicy`; every process looks at all of the few rows."""
+        with gathered(self._pieces):
+            return super().logits_of(sequences)
 
     def _is_shared(self, rows: int) -> bool:
         """Fewer rows than processes are everybody's: a share must not be empty."""
@@ -111,9 +126,9 @@ class RankedPolicy(LanguagePolicy):
         return self.ranks.whole(_widened(numbers, wide), rows)
 
 
-def shared(policy: LanguagePolicy, ranks: Ranks) -> LanguagePolicy:
+def shared(policy: LanguagePolicy, ranks: Ranks, sharded: bool = False) -> LanguagePolicy:
     """The policy as one of several processes has it; itself where there is only one."""
-    return policy if ranks.count == 1 else RankedPolicy(policy, ranks)
+    return policy if ranks.count == 1 else RankedPolicy(policy, ranks, sharded)
 
 
 def shared_snapshot(read: Callable[[], Snapshot], ranks: Ranks) -> Snapshot:

@@ -205,10 +205,10 @@ class Saver:
         snapshot = self.run.snapshot()
         if isinstance(self.run.policy, LanguagePolicy):
             require_one_course(self.run.policy, here())
-        if not here().is_first:
-            return
         writer = getattr(self.run.policy, "writer", None)
         states = {**snapshot.states, **states_of(watch=self.watch, rudder=self.rudder, writer=writer)}
+        if not here().is_first:
+            return
         self.checkpoints.save(replace(snapshot, states=states), self.identity, self._worth())
 
     def answer(self, on_alarm: OnAlarm) -> None:

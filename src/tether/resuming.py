@@ -19,7 +19,7 @@ from tether.ranked import shared
 from tether.recipe_files import load_recipe
 from tether.rewards import controller
 from tether.runtime.ranks import here
-from tether.session import Session, Task, elsewhere, open_policy, see_through, store_of
+from tether.session import Session, Task, elsewhere, is_sharded, open_policy, see_through, store_of
 from tether.snapshot import plain
 from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore
 
@@ -49,7 +49,7 @@ def resume_run(
         store.put("config", chosen.dump())
         task = here().together(lambda: open_task(chosen), first_ahead=True)
         policy = here().together(lambda: open_policy(task.model, chosen, task.tokenizer))
-        session = Session(task, chosen, shared(policy, here()), store, console, found.start)
+        session = Session(task, chosen, shared(policy, here(), is_sharded(chosen)), store, console, found.start)
         return here().same(see_through(session, way_on))
 
 

@@ -134,6 +134,11 @@ def source_of(
     )
 
 
+def is_sharded(settings: RunSettings) -> bool:
+    """Whether several processes hold the layers' weights in shares."""
+    return settings.runtime.sharding == "fsdp"
+
+
 def heldout_source(heldout: PromptSet, policy: LanguagePolicy, settings: RunSettings) -> PromptSource:
     """The held-out prompts of the evaluation, in batches that cover each once."""
     count = min(settings.evaluation.prompts, len(heldout))
@@ -148,7 +153,7 @@ def judges_folder(world: World, settings: RunSettings) -> Path:
         "world": world.name,
         "model": settings.model.source or world.model.name,
         "preferences": settings.preferences.model_dump(),
-        "sampling": settings.ppo.sampling.model_dump(),
+        "sampling": settings.ppo.sampling.model_dump(exclude={"importance_cap"}),  # which no sample depends on
         "seed": settings.ppo.seed,
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
@@ -305,7 +310,9 @@ def train_run(
     Raises RunError where the folder exists or cannot be written, and whatever training raises.
     """
     ranks = here()
-    policy = shared(ranks.together(lambda: open_policy(task.model, settings, task.tokenizer)), ranks)
+    policy = shared(
+        ranks.together(lambda: open_policy(task.model, settings, task.tokenizer)), ranks, is_sharded(settings)
+    )
     with store_of(settings, lambda: RunStore.create(root, name, settings.dump())) as store:
         store.put("sigma", 1.0)
         store.put("planted", PLANTED.get())

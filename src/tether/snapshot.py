@@ -18,6 +18,7 @@ from torch import Tensor
 from tether.batch import Policy
 from tether.errors import ModelError, RunError
 from tether.optimiser import numbered
+from tether.runtime.sharding import local, piece
 
 Controller = TypeVar("Controller")
 KIND = "controller"
@@ -61,7 +62,7 @@ def load_weights(policy: Policy, weights: Mapping[str, Tensor]) -> None:
             "same model, mode, number of layers or rank, and precision"
         )
     for name, weight in own.items():
-        weight.copy_(weights[name])
+        local(weight).copy_(piece(weights[name], weight))
 
 
 def plain(controller: Controller) -> dict[str, object]:

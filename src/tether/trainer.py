@@ -21,6 +21,7 @@ from tether.prompts import PromptSource
 from tether.rewards import Beta, controller, tether
 from tether.rollouts import sample
 from tether.runtime.ranks import here
+from tether.runtime.sharding import whole
 from tether.scores import score
 from tether.snapshot import Snapshot, load_weights, plain, restore_states, states_of, unplain
 from tether.streams import permutation, uniforms
@@ -76,7 +77,8 @@ class Run:
 
     def snapshot(self) -> Snapshot:
         """The state that the next update starts from."""
-        weights, states = numbered(self.policy.trainable()), states_of(reward=self.reward)
+        weights = {name: whole(weight.detach()) for name, weight in numbered(self.policy.trainable()).items()}
+        states = states_of(reward=self.reward)
         return Snapshot(self.step, weights, self.optimiser.state(), plain(self.beta), states)
 
     def restore(self, snapshot: Snapshot) -> None:

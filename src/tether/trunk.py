@@ -76,6 +76,7 @@ class SplitBackbone:
         self.first_trained: nn.Module = found[cut]
         self.trained: list[nn.Module] = [*found[cut:], *tail.values()]
         self.originals: list[nn.Module] = [*frozen_top, *frozen_tail.values()]
+        self.frozen_layers: list[nn.Module] = list(frozen_top)
         self._check(backbone, probe)
 
     @torch.no_grad()
