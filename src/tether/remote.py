@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from tether.weights import weights_version
 from tether.workers import Referred, Weights, Written, trained_weights
 
 
+@runtime_checkable
 class Answers(Protocol):
     """An operation that workers are at."""
 
@@ -36,6 +37,7 @@ class Answers(Protocol):
         """The answers in the order of the shares; waits for them."""
 
 
+@runtime_checkable
 class Workers(Protocol):
     """Workers of one role."""
 
@@ -212,6 +214,6 @@ def check_age(who: str, version: int, newest: int, bound: int) -> None:
         )
 
 
-def _laid_together(parts: Sequence[Float[Tensor, "rows width"]], width: int) -> Float[Tensor, "batch response"]:
+def _laid_together(parts: Sequence[Tensor], width: int) -> Float[Tensor, "batch response"]:
     """Shares, each as wide as its longest response, as one batch."""
     return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts])

@@ -218,12 +218,14 @@ class Session:
 
     def _help(self) -> AbstractContextManager[None]:
         """Workers and engines, where the settings ask for some."""
-        source, before = self.task.model, 0 if self.start is None else max(0, self.start.step - 1)
+        source, moved = self.task.model, 0
+        if self.start is not None:  # the weights are not yet the checkpoint's, which are one version further
+            moved = max(0, self.start.step - self.settings.ppo.update.value_warmup) - 1
         if isinstance(source, str | Path) and Path(source).exists():
             source = Path(source).resolve()  # a worker stands in another folder
         opening = partial(open_policy, source, self.settings, self.task.tokenizer)
         rewards = self.task.judges.all.values()
-        return helped(self.settings, self.policy, opening, rewards, self.store.put, before)
+        return helped(self.settings, self.policy, opening, rewards, self.store.put, moved)
 
     def _identify(self, prompts: PromptSource) -> Identity:
         """What this run is. Raises RunError where its folder says that it is another."""
