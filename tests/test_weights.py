@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tether.errors import ModelError
 from tether.models import LanguagePolicy, load_policy
-from tether.weights import changed_weights, weights_version
+from tether.weights import all_weights, changed_weights, weights_version
 from tiny_models import ARCHITECTURES, LAYERS, MORE_ARCHITECTURES, build, build_tokenizer, ragged_sequences, row_logits
 from tolerances import ROUND_OFF, assert_close
 
@@ -54,6 +54,17 @@ def test_the_checkpoint_with_the_changed_weights_is_the_policy(architecture: str
     policy = policy_of(base, mode)
     stir(policy)
     assert_same_policy(receive(base, policy), policy)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_all_weights_make_the_policy_of_any_model_of_its_shape(architecture: str, mode: str) -> None:
+    policy, stranger = policy_of(build(architecture), mode), build(architecture, seed=9)
+    stir(policy)
+    sent = dict(all_weights(policy))
+    assert set(sent) == {name for name, _ in stranger.named_parameters()}
+    stranger.load_state_dict(sent, strict=False)
+    assert_same_policy(stranger, policy)
 
 
 @pytest.mark.parametrize(

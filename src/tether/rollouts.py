@@ -32,6 +32,8 @@ def sample(
     sequences = policy.prepare(Sequences.join(prompts, generation, pad=0))
     evaluation = policy.evaluate(sequences, settings.temperature)
     reference = policy.evaluate_reference(sequences, settings.temperature)
+    cap = settings.importance_cap
+    weights = _weights(generation, evaluation, cap)
     seconds = {
         "seconds/generate": generated - started,
         "seconds/reference": time.perf_counter() - generated,
@@ -48,10 +50,12 @@ def sample(
         entropy=evaluation.entropy,
         full_kl=reference.full_kl,
         finished=generation.finished,
-        metrics=seconds | _measure(generation, evaluation, reference),
+        metrics=seconds
+        | _measure(generation, evaluation, reference)
+        | _measure_writer(generation, evaluation, weights, cap),
         kl_values=evaluation.kl_values,
         origin=generation.origin,
-        weights=_weights(generation, evaluation, settings.importance_cap),
+        weights=weights,
     )
 
 
@@ -62,6 +66,30 @@ def _weights(
     if generation.origin.is_exact or cap is None:
         return None
     return truncated_weights(evaluation.logprobs, generation.sampler_logprobs, generation.response_mask, cap)
+
+
+def _measure_writer(
+    generation: Generation,
+    evaluation: Evaluation,
+    weights: Float[Tensor, "batch response"] | None,
+    cap: float | None,
+) -> dict[str, float]:
+    """Whose the responses are and how far q is from π, where it may not be π itself."""
+    origin, mask = generation.origin, generation.response_mask
+    if origin.is_exact:
+        return {}
+    gap = (generation.sampler_logprobs - evaluation.logprobs).double().pow(2)
+    told = {
+        "rollout/version": float(origin.version),
+        "rollout/staleness": float(origin.staleness),
+        "sampler/logprob_gap": float(masked_mean(gap, mask).sqrt()),
+    }
+    if weights is None or cap is None:
+        return told
+    return told | {
+        "sampler/weight_mean": float(masked_mean(weights.double(), mask)),
+        "sampler/weight_capped": float(masked_mean((weights >= cap).double(), mask)),
+    }
 
 
 def _measure(generation: Generation, evaluation: Evaluation, reference: ReferenceEvaluation) -> dict[str, float]:

@@ -2,6 +2,7 @@
 whether they have moved.
 
     changed_weights(policy)   every tensor that training can change, as `AutoModelForCausalLM.state_dict()` names it
+    all_weights(policy)       these and the frozen ones
     weights_version(policy)   another number whenever a trained weight was modified
 
 Whoever holds the checkpoint that the policy started from and copies the changed weights over it has the policy: another
@@ -13,7 +14,7 @@ once, under the first of their names. Knows no engine and no wire. Read next: `m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +37,13 @@ def changed_weights(policy: LanguagePolicy) -> Iterator[tuple[str, Tensor]]:
     Shards (FSDP2) are gathered, so there every process must come along. Raises ModelError where an adapter sits on one
     of two tied weights, which no plain checkpoint can hold.
     """
-    model = policy.mode.model
     trained = {id(parameter) for parameter in policy.trainable()["policy"]}
-    folded: list[str] = []
-    for name, module in _wrapped(model):
-        folded.append(f"{name}.")
-        _refuse_tied(model, name, module)
-        yield from _fold(name, module)
-    for name, parameter in model.named_parameters():
-        if id(parameter) in trained and not name.startswith(tuple(folded)):
-            yield name, _whole(parameter)
+    return _weights(policy.mode.model, lambda parameter: id(parameter) in trained, adapted_only=True)
+
+
+def all_weights(policy: LanguagePolicy) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every weight of the policy as it stands; else as `changed_weights`."""
+    return _weights(policy.mode.model, lambda parameter: True, adapted_only=False)  # noqa: ARG005
 
 
 def weights_version(policy: LanguagePolicy) -> int:
@@ -55,6 +53,20 @@ def weights_version(policy: LanguagePolicy) -> int:
     numbers of one process mean equal weights; numbers of two processes mean nothing to each other.
     """
     return sum(parameter._version for parameter in policy.trainable()["policy"])
+
+
+def _weights(
+    model: nn.Module, wanted: Callable[[nn.Parameter], bool], *, adapted_only: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights that are wanted, and those of adapted layers; there only what adapters change, where so asked."""
+    folded: list[str] = []
+    for name, module in _wrapped(model):
+        folded.append(f"{name}.")
+        _refuse_tied(model, name, module)
+        yield from _fold(name, module, adapted_only)
+    for name, parameter in model.named_parameters():
+        if wanted(parameter) and not name.startswith(tuple(folded)):
+            yield name, _whole(parameter)
 
 
 def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -72,7 +84,7 @@ def _wrapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _fold(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _fold(name: str, module: nn.Module, adapted_only: bool) -> Iterator[tuple[str, Tensor]]:
     """The weights of the layer that the adapters stand round, with the adapters in them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -87,7 +99,7 @@ def _fold(name: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for layer in reversed(layers):  # the innermost first
         layer.merge()
     for own, parameter in layers[0].get_base_layer().named_parameters():
-        if own in adapted or parameter.requires_grad:
+        if not adapted_only or own in adapted or parameter.requires_grad:
             yield f"{name}.{own}", _whole(parameter)
 
 
