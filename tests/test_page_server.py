@@ -136,6 +136,14 @@ def test_the_lesson_and_the_catalogues_are_served(tmp_path: Path) -> None:
     assert "why" in client.get("/api/failures").json()["kl_sign"]
 
 
+def test_the_list_gives_the_verdict_before_anybody_has_asked_for_it(tmp_path: Path) -> None:
+    make_run(tmp_path, "one", status="finished")
+    client = browser(site(tmp_path))
+    listed = client.get("/api/runs").json()["runs"][0]
+    assert listed["verdict"] is not None
+    assert listed["verdict"] == client.get("/api/runs/one/verdict").json()["verdict"]
+
+
 def test_a_folder_that_is_not_there_yet_is_an_empty_list(tmp_path: Path) -> None:
     client = browser(site(tmp_path / "later"))
     assert client.get("/api/runs").json()["runs"] == []

@@ -9,29 +9,22 @@ Each question to a run is asked in the run's own thread. Every shape stands in d
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
 
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-import tether
-from tether.alarms import FAILURES, FAULTS
 from tether.config import RunSettings
 from tether.database import to_json
-from tether.errors import ConfigError, InputError, RunError, TetherError
-from tether.metrics import CATALOGUE
+from tether.errors import RunError, TetherError
 from tether.page import facts
-from tether.page.ghost import BANK_FILE, Bank, ghost
+from tether.page.answers import HANDLERS, Json, conflict, number
 from tether.page.history import as_lists, pack, thin
 from tether.page.jobs import Jobs
 from tether.page.library import GLANCE, Library, Shelf, Slow
@@ -40,11 +33,18 @@ from tether.page.samples import samples
 from tether.page.security import Bucket, Guard, Hosts, Refused, Tokens, parse_object
 from tether.page.stream import MOST_RUNS, Stream, read_cursors
 from tether.page.sweeps import gather, place
-from tether.records import Curve
-from tether.runs import knob
+from tether.page.told import (
+    cached_verdict,
+    chosen,
+    failures_facts,
+    ghost_of,
+    learn_text,
+    lengths,
+    metrics_facts,
+    session_facts,
+)
 from tether.steering import submit
 
-Answer = TypeVar("Answer")
 STATIC = Path(__file__).with_name("static")
 WIDTH, WIDEST = 800, 4000
 """Columns of pixels that a curve is thinned to."""
@@ -56,23 +56,9 @@ GRACE_SECONDS = 1.0
 """For a stream to end when the server does."""
 SAVE_SECONDS = 60.0
 """How long a fork waits for the run to save itself."""
-NO_LESSON = {
-    "exact": {"betas": [], "frontier": [], "runs": []},
-    "nano": {"points": [], "curves": [], "texts": [], "bank": None},
-    "bandit": {"rows": []},
-    "command": "python bench/learn.py",
-}
-"""What the lesson has where its recording does not ship."""
 NOT_BUILT = """<!doctype html><meta charset="utf-8"><title>tether</title>
 <h1>The page is not built</h1><p>The server runs and answers: <a href="api/runs">api/runs</a>.</p>
 <p>Build the page once: <code>python -m tether.page.build</code>, then load this address again.</p>"""
-
-
-class Json(JSONResponse):
-    """JSON; what is not finite is null."""
-
-    def render(self, content: object) -> bytes:
-        return to_json(content).encode("utf-8", "replace")
 
 
 @dataclass
@@ -117,10 +103,7 @@ class Page:
             Route("/api/stream", self.stream),
             Route("/{name}", self.asset),
         ]
-        handlers = {
-            TetherError: _complain, Refused: _refuse, HTTPException: _refuse_http, Exception: _break_down,
-        }  # fmt: skip
-        app = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        app = Starlette(routes=routes, exception_handlers=dict(HANDLERS), lifespan=self._lifespan)
         return Guard(app, self.tokens, self.hosts, self.cookie, self.bucket)
 
     @asynccontextmanager
@@ -181,10 +164,8 @@ class Page:
         return dict(shelf.known)
 
     def _summary(self, reader: Reader, shelf: Shelf) -> facts.Facts:
-        known = shelf.cached.get("verdict")
         line = facts.summary(reader, shelf.id, shelf.name, self.library.clock())
-        told = known[1] if known is not None else None
-        return line | {"verdict": told["verdict"] if isinstance(told, dict) else None}
+        return line | {"verdict": cached_verdict(shelf, reader)["verdict"]}
 
     async def run(self, request: Request) -> Response:
         """Everything of a run that is small."""
@@ -198,9 +179,9 @@ class Page:
     async def history(self, request: Request) -> Response:
         """Curves, thinned to the pixels."""
         shelf, query = await self._shelf(request), request.query_params
-        width = _number(query.get("width"), WIDTH, 1, WIDEST)
+        width = number(query.get("width"), WIDTH, 1, WIDEST)
         start, end = (
-            _number(query.get(key), default, 0, LAST_STEP) for key, default in (("from", 0), ("to", LAST_STEP))
+            number(query.get(key), default, 0, LAST_STEP) for key, default in (("from", 0), ("to", LAST_STEP))
         )
         wanted = [name for name in query.get("names", "").split(",") if name]
         as_json = query.get("format") == "json"
@@ -220,7 +201,7 @@ class Page:
         split = query.get("split", "probe")
         if split not in ("probe", "train"):
             raise Refused(400, f"got {split[:20]!r} as a split; wanted probe or train")
-        step, row = (None if key not in query else _number(query[key], 0, 0, LAST_STEP) for key in ("step", "row"))
+        step, row = (None if key not in query else number(query[key], 0, 0, LAST_STEP) for key in ("step", "row"))
         return Json(await shelf.ask(lambda reader: samples(reader, split, step, row)))  # type: ignore[arg-type]
 
     async def verdict(self, request: Request) -> Response:
@@ -231,7 +212,7 @@ class Page:
     async def events(self, request: Request) -> Response:
         """What happened."""
         shelf = await self._shelf(request)
-        after = _number(request.query_params.get("after"), 0, 0, LAST_STEP)
+        after = number(request.query_params.get("after"), 0, 0, LAST_STEP)
         found = await shelf.ask(lambda reader: reader.events(after))
         return Json({"events": [asdict(event) for event in found]})
 
@@ -316,7 +297,7 @@ class Page:
             self._require_room(reader)
             return submit(reader.path, actor, kind, payload, facts.settings_now(reader), base=base)
 
-        return Json({"id": await shelf.ask(_conflict(ask)), "state": "pending"}, 202)
+        return Json({"id": await shelf.ask(conflict(ask)), "state": "pending"}, 202)
 
     def _require_room(self, reader: Reader) -> None:
         facts.require_alive(reader, self.library.clock())
@@ -380,110 +361,3 @@ class Page:
         if shelf is None:
             raise Refused(404, "there is no such run")
         return shelf
-
-
-# ── what needs no server ────────────────────────────────────────────────────────────────────────────────────────────
-def session_facts(library: Library, may_steer: bool, can_play: bool, read_only: bool = False) -> facts.Facts:
-    """What a reader may do."""
-    return {
-        "version": tether.__version__, "may_steer": may_steer, "root": str(library.root), "selected": library.selected,
-        "can_play": can_play, "read_only": read_only, "stale_seconds": facts.STALE_SECONDS, "faults": list(FAULTS),
-        "server_time": library.clock(),
-    }  # fmt: skip
-
-
-def chosen(known: list[str], wanted: list[str]) -> list[str]:
-    """The metrics asked for, in the catalogue's order; all where none is. `group/*` is a whole group."""
-    groups = tuple(name[:-1] for name in wanted if name.endswith("/*"))
-    return CATALOGUE.in_order(
-        {name for name in known if not wanted or name in wanted or (groups and name.startswith(groups))}
-    )
-
-
-def lengths(curves: Mapping[str, Curve]) -> dict[str, int]:
-    """How many points each curve has."""
-    return {name: len(curve.steps) for name, curve in curves.items()}
-
-
-def cached_verdict(shelf: Shelf, reader: Reader) -> facts.Facts:
-    """The verdict, worked out anew when there is something new."""
-    return shelf.once("verdict", reader.verdict_key(), lambda: facts.verdict(reader))
-
-
-def ghost_of(reader: Reader) -> facts.Facts:
-    """The ghost of a run: from its own samples, else those shipped for its world, else a normal distribution."""
-    bank = Bank.read(reader.path / BANK_FILE, "bank")
-    meta = reader.meta()
-    if bank is None and knob(meta.get("config"), "world") == "nano":
-        shipped = json.loads(learn_text()).get("nano", {})
-        bank = Bank.of(shipped.get("bank"), "shipped") if isinstance(shipped, dict) else None
-    sigma = meta.get("sigma")
-    return ghost(bank, float(sigma) if isinstance(sigma, int | float) else 1.0)
-
-
-def learn_text() -> str:
-    """The lesson's data, as JSON; empty where none ships."""
-    file = files("tether.page").joinpath("learn.json")
-    return file.read_text("utf-8") if file.is_file() else json.dumps(NO_LESSON)
-
-
-def metrics_facts() -> facts.Facts:
-    """The catalogue of metrics by name."""
-    return {name: {key: value for key, value in asdict(CATALOGUE[name]).items() if key != "name"} for name in CATALOGUE}
-
-
-def failures_facts() -> facts.Facts:
-    """The catalogue of failures by name."""
-    return {name: {k: v for k, v in asdict(failure).items() if k != "name"} for name, failure in FAILURES.items()}
-
-
-def _number(text: str | None, default: int, least: int, most: int) -> int:
-    if text is None:
-        return default
-    if not text.isdecimal() or not least <= int(text[:20]) <= most:
-        raise Refused(400, f"got {text[:20]!r}; wanted a whole number from {least} to {most}")
-    return int(text)
-
-
-def _conflict(ask: Callable[[Reader], Answer]) -> Callable[[Reader], Answer]:
-    """What a run cannot do as it stands is a conflict, not a fault of the request."""
-
-    def asking(reader: Reader) -> Answer:
-        try:
-            return ask(reader)
-        except (InputError, ConfigError):
-            raise
-        except Slow:
-            raise
-        except RunError as error:
-            raise Refused(409, str(error)) from error
-
-    return asking
-
-
-Handler = Callable[[Request, Exception], Awaitable[Response]]
-
-
-async def _complain(request: Request, error: Exception) -> Response:
-    del request
-    if isinstance(error, Slow):
-        return Json({"error": str(error)}, 503)
-    return Json({"error": str(error)}, 400 if isinstance(error, InputError | ConfigError) else 409)
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    del request
-    assert isinstance(error, Refused)
-    return Json(dict(error.body), error.status)
-
-
-async def _refuse_http(request: Request, error: Exception) -> Response:
-    del request
-    assert isinstance(error, HTTPException)
-    return Json({"error": error.detail}, error.status_code)
-
-
-async def _break_down(request: Request, error: Exception) -> Response:
-    """A mistake of ours; the reader learns its kind, the terminal the rest."""
-    del request
-    return Json({"error": f"the server failed: {type(error).__name__}"}, 500)

@@ -18,13 +18,14 @@ from pathlib import Path
 from tether.database import to_json
 from tether.errors import RunError
 from tether.page import facts
-from tether.page.app import STATIC, failures_facts, ghost_of, learn_text, lengths, metrics_facts, session_facts
+from tether.page.app import STATIC
 from tether.page.history import as_lists, thin
 from tether.page.library import Library, identify
 from tether.page.reading import Reader
 from tether.page.samples import facts as sample_facts
 from tether.page.samples import references
 from tether.page.sweeps import gather, place
+from tether.page.told import failures_facts, ghost_of, learn_text, lengths, metrics_facts, session_facts
 from tether.records import Sample
 from tether.runs import ROOT, find_run
 

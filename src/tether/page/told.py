@@ -1,0 +1,83 @@
+"""What the page is told that no route has to be asked for: the report tells the same without a server.
+
+Read next: `facts.py` (what a run is said to be), `app.py` (the routes), `report.py` (the page in one file).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.resources import files
+
+import tether
+from tether.alarms import FAILURES, FAULTS
+from tether.metrics import CATALOGUE
+from tether.page import facts
+from tether.page.ghost import BANK_FILE, Bank, ghost
+from tether.page.library import Library, Shelf
+from tether.page.reading import Reader
+from tether.records import Curve
+from tether.runs import knob
+
+NO_LESSON = {
+    "exact": {"betas": [], "frontier": [], "runs": []},
+    "nano": {"points": [], "curves": [], "texts": [], "bank": None},
+    "bandit": {"rows": []},
+    "command": "python bench/learn.py",
+}
+"""What the lesson has where its recording does not ship."""
+
+
+def session_facts(library: Library, may_steer: bool, can_play: bool, read_only: bool = False) -> facts.Facts:
+    """What a reader may do."""
+    return {
+        "version": tether.__version__, "may_steer": may_steer, "root": str(library.root), "selected": library.selected,
+        "can_play": can_play, "read_only": read_only, "stale_seconds": facts.STALE_SECONDS, "faults": list(FAULTS),
+        "server_time": library.clock(),
+    }  # fmt: skip
+
+
+def chosen(known: list[str], wanted: list[str]) -> list[str]:
+    """The metrics asked for, in the catalogue's order; all where none is. `group/*` is a whole group."""
+    groups = tuple(name[:-1] for name in wanted if name.endswith("/*"))
+    return CATALOGUE.in_order(
+        {name for name in known if not wanted or name in wanted or (groups and name.startswith(groups))}
+    )
+
+
+def lengths(curves: Mapping[str, Curve]) -> dict[str, int]:
+    """How many points each curve has."""
+    return {name: len(curve.steps) for name, curve in curves.items()}
+
+
+def cached_verdict(shelf: Shelf, reader: Reader) -> facts.Facts:
+    """The verdict, worked out anew when there is something new."""
+    return shelf.once("verdict", reader.verdict_key(), lambda: facts.verdict(reader))
+
+
+def ghost_of(reader: Reader) -> facts.Facts:
+    """The ghost of a run: from its own samples, else those shipped for its world, else a normal distribution."""
+    bank = Bank.read(reader.path / BANK_FILE, "bank")
+    meta = reader.meta()
+    if bank is None and knob(meta.get("config"), "world") == "nano":
+        shipped = json.loads(learn_text()).get("nano", {})
+        bank = Bank.of(shipped.get("bank"), "shipped") if isinstance(shipped, dict) else None
+    sigma = meta.get("sigma")
+    return ghost(bank, float(sigma) if isinstance(sigma, int | float) else 1.0)
+
+
+def learn_text() -> str:
+    """The lesson's data, as JSON; empty where none ships."""
+    file = files("tether.page").joinpath("learn.json")
+    return file.read_text("utf-8") if file.is_file() else json.dumps(NO_LESSON)
+
+
+def metrics_facts() -> facts.Facts:
+    """The catalogue of metrics by name."""
+    return {name: {key: value for key, value in asdict(CATALOGUE[name]).items() if key != "name"} for name in CATALOGUE}
+
+
+def failures_facts() -> facts.Facts:
+    """The catalogue of failures by name."""
+    return {name: {k: v for k, v in asdict(failure).items() if k != "name"} for name, failure in FAILURES.items()}
