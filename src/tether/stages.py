@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from tether.errors import ConfigError, InputError
 from tether.finetune import Finetuned, Finetuning, finetune
 from tether.loading import SMALL, Precision, layer_count, parameter_count
 from tether.phases import phases
+from tether.preferences import Pairs
 from tether.prompts import TooLong
 from tether.recipe_files import load_recipe
 from tether.reward_model import MANIFEST_FILE as REWARD_MANIFEST
@@ -208,37 +209,51 @@ def main_reward(
     if (data is None) == (world is None) or (data is not None and model is None):
         raise ConfigError("wanted --model M --data FILE, or --world nano or smollm2, and not both")
     require_free(out, REWARD_MANIFEST, "reward model of tether")
-    base, usual = model or "", PreferenceSettings()
     if world is not None:
-        place, settings = open_world(world), load_recipe(world).with_seed(seed)
-        base, usual = model or str(place.model), settings.preferences
-        pairs, samples = world_pairs(place, settings, console), 0
+        given = _of_world(world, model, seed, console)
     else:
-        pairs = read_preferences(
-            str(data), split=split, subset=subset, prompt_column=prompt_column, chosen_column=chosen_column,
-            rejected_column=rejected_column, limit=limit,
-        )  # fmt: skip
-        pairs, samples = fit_pairs(pairs, base, too_long), reference_samples
-        usual = usual_for(base, len(pairs))
-        console.print(f"{len(pairs)} comparisons from {data}", soft_wrap=True)
-    _tell_warnings(report_on_pairs(pairs).warnings, console)
+        columns = {"prompt_column": prompt_column, "chosen_column": chosen_column, "rejected_column": rejected_column}
+        read = read_preferences(str(data), split=split, subset=subset, limit=limit, **columns)
+        given = _of_file(fit_pairs(read, str(model), too_long), str(model), reference_samples)
+        console.print(f"{len(given.pairs)} comparisons from {data}", soft_wrap=True)
+    _tell_warnings(report_on_pairs(given.pairs).warnings, console)
     said = {"epochs": epochs, "learning_rate": learning_rate, "batch_pairs": batch_pairs, "seed": seed}
-    knobs = _training(said, usual, None if all_weights else top_layers or _layers(base, usual))
+    knobs = _training(said, given.usual, None if all_weights else top_layers or _layers(given.base, given.usual))
     with phases(console) as tell:
         replies = None
-        if samples:
+        if given.samples:
             replies = own_replies(
-                reference or base, pairs.prompts, samples, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
-                progress=lambda done, total: tell("reference replies", done, total),
+                reference or given.base, given.pairs.prompts, given.samples, max_new_tokens=max_new_tokens, seed=seed,
+                dtype=dtype, progress=lambda done, total: tell("reference replies", done, total),
             )  # fmt: skip
         learned = learn_preferences(
-            pairs, base, knobs, heldout=heldout, holdout=holdout, reference=replies, dtype=dtype,
+            given.pairs, given.base, knobs, heldout=heldout, holdout=holdout, reference=replies, dtype=dtype,
             progress=lambda role, done, total, loss: tell(f"{role} model", done, total, f"loss {loss:.3f}"),
         )  # fmt: skip
     _save_reward(learned, out)
     if json:
         print(jsonlib.dumps({"out": str(out), **learned.as_dict()}))
     _tell_reward(learned, out, console)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Comparisons to learn from, the body that learns them, and how that is usually done."""
+
+    pairs: Pairs
+    base: str
+    usual: PreferenceSettings
+    samples: int
+    """Replies of the reference that the score is normalised on; 0 takes the responses of the pairs."""
+
+
+def _of_world(world: WorldName, model: str | None, seed: int, console: Console) -> _Given:
+    place, settings = open_world(world), load_recipe(world).with_seed(seed)
+    return _Given(world_pairs(place, settings, console), model or str(place.model), settings.preferences, 0)
+
+
+def _of_file(pairs: Pairs, base: str, samples: int) -> _Given:
+    return _Given(pairs, base, usual_for(base, len(pairs)), samples)
 
 
 def usual_for(base: str, pairs: int) -> PreferenceSettings:
