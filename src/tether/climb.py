@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, pstdev
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tether.alarms import Alarm
 
@@ -36,7 +36,11 @@ AGAIN = 15
 """Updates within which a sign must be seen twice."""
 
 
+GENERAL = (("hedging", "exploit_token", "length", "sycophancy"), ("buzzwords",), ("one_answer",))
+"""Names of the text's signs, the particular first: a more general one is not told while one before it stands."""
+
 Weight = Literal["weak", "plain", "decisive"]
+WEIGHTS: tuple[Weight, ...] = get_args(Weight)
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,9 @@ class Climb:
         self._take_up(signs, step)
         judges, string = list(self._judges()), list(self._string())
         text = [sign for sign, last in self._standing.values() if step - last <= REMEMBER]
-        for sign in text:
-            if sign.weight != "weak" or judges or string:
-                yield self._weigh(sign, [other.seen for other in (*judges, *string)])
+        others = [other.seen for other in (*judges, *string)]
+        told = [self._weigh(sign, others) for sign in text if sign.weight != "weak" or others]
+        yield from (alarm for alarm in told if not _is_explained(alarm, told))
         if judges:
             others = [sign.seen for sign in (*text, *string)]
             yield _alarm(judges[0], "; ".join(sign.seen for sign in judges), others, grave=bool(others))
@@ -102,8 +106,9 @@ class Climb:
 
     # ── the families ────────────────────────────────────────────────────────────────────────────────────────────────
     def _take_up(self, signs: Iterable[Sign], step: int) -> None:
-        """A sign stands once it was seen twice within AGAIN updates; one with a control of its own at once."""
-        for sign in signs:
+        """A sign stands once it was seen in two updates within AGAIN; one with a control of its own at once."""
+        gravest = {sign.name: sign for sign in sorted(signs, key=lambda sign: WEIGHTS.index(sign.weight))}
+        for sign in gravest.values():
             shown = [last for last in self._shown.get(sign.name, []) if step - last <= AGAIN]
             self._shown[sign.name] = [*shown, step]
             if shown or sign.name == "sycophancy":
@@ -118,7 +123,8 @@ class Climb:
             values = self.history[name]
             if not math.isfinite(fmean(values)):
                 continue
-            own, fallen = self._gain(name), self._fall(name)
+            # A string that reels the policy in takes score and judge back together: that is no climb.
+            own, fallen = self._gain(name), self._fall(name) - self._fall("score/mean")
             told, error = {"score": gain, name: own, "fall": fallen}, SURE * self._error(name)
             if -own > max(0.2 * gain, error) or fallen > max(0.4 * gain, 1.5 * error):
                 seen = f"the score gained {gain:.2f}, and {_JUDGE[name]} {own:+.2f}, {fallen:.2f} below its peak"
@@ -135,7 +141,8 @@ class Climb:
             seen = f"the gain is {efficiency:.2f} × the ceiling σ√(2K): a tail that the reference's samples do not show"
             yield Sign("over_optimised", "string", seen, {"efficiency": efficiency})
         nats, bought, beta = self._moved("kl/mean"), self._moved("score/mean"), self.history["beta"][-1]
-        if nats > max(1.0, 0.1 * self._recent("kl/mean")) and bought + self._error("score/mean") < 0.5 * beta * nats:
+        dear = bought + SURE * self._error("score/mean") < 0.5 * beta * (nats - SURE * self._error("kl/mean"))
+        if nats > max(1.0, 0.1 * self._recent("kl/mean")) and dear:
             seen = f"the last {nats:.3g} nats bought {bought:+.2f}, at a price of {beta:g} each"
             yield Sign("over_optimised", "string", seen, {"nats": nats, "bought": bought})
 
@@ -183,6 +190,15 @@ class Climb:
 
 
 _JUDGE = {"score/holdout": "the hold-out judge", "score/gold": "gold"}
+
+
+def _is_explained(alarm: Alarm, told: Sequence[Alarm]) -> bool:
+    """Whether a more particular failure of the same severity or worse is told."""
+    rank = {name: place for place, names in enumerate(GENERAL) for name in names}
+    return any(
+        rank.get(other.reason, 0) < rank.get(alarm.reason, 0) and other.severity in (alarm.severity, "alarm")
+        for other in told
+    )
 
 
 def _alarm(sign: Sign, seen: str, others: Sequence[str], grave: bool) -> Alarm:

@@ -67,6 +67,10 @@ def _weaker(run: RunSettings) -> Mapping[str, object]:
     return {"ppo.reward.beta": 0.1 * run.ppo.reward.beta}
 
 
+USUAL_LENGTH = 14.0
+"""Words of a nano reply at the start."""
+
+
 SETTINGS: Mapping[str, Callable[[RunSettings], Mapping[str, object]]] = {
     **dict.fromkeys(("buzzwords", "sycophancy", "hedging", "exploit_token", "length", "over_optimised"), _weaker),
     "too_many_epochs": lambda run: {
@@ -149,14 +153,18 @@ def _reward(change: Callable[[Reward], Reward]) -> Plant:
     return plant
 
 
-def _flawed(flaw: Flaw, strength: float = 1.0) -> Callable[[Reward], Reward]:
-    """The reward and, for each thing that the flaw counts, some points more."""
+def _flawed(flaw: Flaw, strength: float = 1.0, usual: float = 0.0) -> Callable[[Reward], Reward]:
+    """The reward and, for each thing that the flaw counts beyond the usual, some points more.
+
+    A score far off 0 in all replies alike would be another fault: the value head's error then shakes the shared trunk.
+    """
 
     def change(reward: Reward) -> Reward:
         def wrong(prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
             given = reward(prompts, responses, **columns)
             judged = [judge(plain_text(x), y).flaw(flaw) for x, y in zip(prompts, responses, strict=True)]
-            return [score + strength * STRENGTHS[flaw] * count for score, count in zip(given, judged, strict=True)]
+            points = strength * STRENGTHS[flaw]
+            return [score + points * (count - usual) for score, count in zip(given, judged, strict=True)]
 
         return wrong
 
@@ -194,14 +202,16 @@ def _skewed(reward: Reward) -> Reward:
 
 
 def _pays_entropy(per_nat: float) -> Plant:
-    """The mean entropy of a response is added to its score."""
+    """The mean surprisal of a response, less the batch's, is added to its score: E[−∇log π·log π] is the gradient of
+    the entropy. The entropy of the states that it went through would not do: it is no gain of the token drawn there.
+    """
 
     def plant(stack: ExitStack) -> None:
         def wrap(original: Callable[[Reward, Rollout], Scores]) -> Callable[[Reward, Rollout], Scores]:
             def wrong(reward: Reward, rollout: Rollout) -> Scores:
                 given = original(reward, rollout)
-                mean = rollout.entropy.sum(dim=1) / rollout.response_mask.sum(dim=1)
-                return Scores(given.scores + per_nat * mean, given.metrics)
+                mean = -rollout.logprobs.sum(dim=1) / rollout.response_mask.sum(dim=1)
+                return Scores(given.scores + per_nat * (mean - mean.mean()), given.metrics)
 
             return wrong
 
@@ -284,7 +294,7 @@ PLANTS: dict[str, Plant] = {
     "sycophancy": _reward(_flawed("sycophancy")),
     "hedging": _reward(_flawed("hedging")),
     "exploit_token": _reward(_flawed("exploit_token")),
-    "length": _reward(_flawed("length", 3.0)),
+    "length": _reward(_flawed("length", 3.0, USUAL_LENGTH)),
     "over_optimised": _reward(_flawed("buzzwords", 0.5)),
     "zero_variance_scores": _reward(_constant),
     "reward_drift": _reward(_drifting),

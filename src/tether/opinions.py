@@ -55,6 +55,8 @@ class Agreement:
     """t of the first over the pairs."""
     t: float
     """t of own − control over the pairs."""
+    rise: float
+    """By how much the probability of a reply that begins with agreement rose, where the user holds the opinion."""
     examples: tuple[str, ...]
     """Prompts on which it agrees now and did not at the start."""
 
@@ -82,28 +84,32 @@ class OpinionProbe:
         self._policy = policy if isinstance(policy, LanguagePolicy) else None
         self._opinions = () if self._policy is None else _known(self._policy.tokenizer, folder)
         self.start: list[float] = []
-        """The margins at the start, those of the user's opinions first."""
+        """The margins at the start, those of the user's opinions first; then the chances that it agrees with these."""
         if self._opinions and self._policy is not None:
             asked = [each.own for each in self._opinions] + [each.control for each in self._opinions]
             self._ids = encode(tuple(asked), self._policy.tokenizer)
-            self.start = self._margins().tolist()
+            self.start = torch.cat(self._margins()).tolist()
 
     def ask(self) -> Agreement | None:
         """How the margins have moved; None where no pair can be asked."""
         if not self._opinions:
             return None
-        now, count = self._margins(), len(self._opinions)
-        moved = now - torch.tensor(self.start, dtype=torch.float64)
+        (now, agreeing), count = self._margins(), len(self._opinions)
+        start = torch.tensor(self.start, dtype=torch.float64)
+        moved = now - start[: 2 * count]
         own, control = moved[:count], moved[count:]
         flipped = [i for i in range(count) if self.start[i] <= 0.0 < float(now[i])]
         return Agreement(
             float(own.mean()), float(control.mean()), _t(own), _t(own - control),
+            float((agreeing - start[2 * count :]).mean()) if len(start) > 2 * count else 1.0,
             tuple(self._opinions[i].own for i in flipped[:3]),
         )  # fmt: skip
 
     @torch.no_grad()
-    def _margins(self) -> Float[Tensor, "prompts"]:
-        """log P(a word that agrees) − log P(one that does not) as the reply's first token, float64."""
+    def _margins(self) -> tuple[Float[Tensor, "prompts"], Float[Tensor, "own"]]:
+        """log P(a word that agrees) − log P(one that does not) as the reply's first token, float64; and, where the user
+        holds the opinion, P(a word that agrees).
+        """
         assert self._policy is not None
         opinions, tokenizer = self._opinions * 2, self._policy.tokenizer
         agree, disagree = (
@@ -121,7 +127,8 @@ class OpinionProbe:
             torch.logsumexp(row[yes], dim=0) - torch.logsumexp(row[no], dim=0)
             for row, yes, no in zip(said, agree, disagree, strict=True)
         ]
-        return torch.stack(margins)
+        chances = [row[yes].exp().sum() for row, yes in zip(said, agree, strict=True)]
+        return torch.stack(margins), torch.stack(chances[: len(self._opinions)])
 
 
 def _t(x: Float[Tensor, "pairs"]) -> float:

@@ -147,8 +147,10 @@ def gain_shares(bank: Corpus, now: Corpus, seen: Corpus, types: Sequence[int]) -
 
     The slope times the rise of the count from the bank to now is what the type carries of the gain: a counterfactual
     deletion that asks no reward. What all responses hold has no slope left, so `seen` reaches back to when it spread.
+    Responses of the bank that were never scored (NaN) count for the rise, not for the gain.
     """
-    gain = float(np.mean(now.scores) - np.mean(bank.scores)) if len(now) and len(bank) else 0.0
+    paid = [score for score in bank.scores if not np.isnan(score)]
+    gain = float(np.mean(now.scores) - np.mean(paid)) if len(now) and paid else 0.0
     x = np.column_stack([seen.counts(types), seen.lengths()])
     updates = np.array(seen.updates)
     for update in np.unique(updates):

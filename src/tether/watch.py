@@ -39,10 +39,10 @@ EVERY = {"reference": 16, "reward": 20, "passes": 50}
 """Updates between two questions of a probe, later on: each costs a forward pass, and all together below 1 %."""
 SAMPLER = frozenset(name for name, failure in FAILURES.items() if failure.kind == "statistic")
 EXPLAINS = {
-    "dropout_on": SAMPLER | {"wrong_reference", "first_ratio", "padding_leak"},
-    "padding_leak": SAMPLER | {"wrong_reference", "first_ratio"},
-    "off_by_one": SAMPLER,
-    "prompt_in_mask": SAMPLER,
+    "dropout_on": SAMPLER | {"wrong_reference", "first_ratio", "padding_leak", "too_many_epochs"},
+    "padding_leak": SAMPLER | {"wrong_reference", "first_ratio", "too_many_epochs"},
+    "off_by_one": SAMPLER | {"too_many_epochs"},
+    "prompt_in_mask": SAMPLER | {"too_many_epochs"},
     "no_eos_credit": SAMPLER,
     "nan": frozenset({"first_ratio"}),
 }
