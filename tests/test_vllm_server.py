@@ -222,6 +222,7 @@ def is_gone(pid: int) -> bool:
         ({"vllm": {"address": "http://h:1", "place": "process"}}, "address names a server that runs already"),
         ({"vllm": {"place": "process", "options": ["--x"]}}, "place is process, where options has no meaning"),
         ({"staleness": 1}, "staleness is 1 and writer own"),
+        ({"staleness": 1, "writer": "vllm", "overlap": True}, "staleness is 1 with overlap"),
     ],
 )
 def test_knobs_that_do_not_go_together_are_refused(runtime: dict, told: str) -> None:

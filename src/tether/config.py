@@ -371,6 +371,12 @@ class RuntimeSettings(Settings):
                 ["overlap", "writer"],
                 "overlap is on and the policy writes itself, one thing after the other; wanted writer: ray or vllm",
             )  # fmt: skip
+        if self.staleness and self.overlap:
+            raise contradiction(
+                ["staleness", "overlap"],
+                f"staleness is {self.staleness} with overlap, by which responses are one update old already; wanted "
+                "one of the two",
+            )
         if self.staleness and self.writer != "vllm":
             raise contradiction(
                 ["staleness", "writer"],

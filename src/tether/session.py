@@ -49,7 +49,7 @@ from tether.trackers import Trackers
 from tether.trainer import Run, train
 from tether.watch import Watch
 from tether.worlds.world import World
-from tether.writers import helped
+from tether.writers import catch_up, helped
 
 EVALUATED_AT_ONCE = 64
 TOP_LAYERS = 6
@@ -286,6 +286,7 @@ class Session:
 
     def _judge(self, heldout: PromptSource) -> Judged:
         knobs = self.settings.ppo
+        here().together(lambda: catch_up(self.policy.writer))
         return evaluate(self.policy, heldout, self.task.judges.all, knobs.sampling, knobs.seed)
 
     def _evaluate(self, step: int, heldout: PromptSource, helm: Helm) -> None:

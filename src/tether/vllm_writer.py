@@ -82,7 +82,8 @@ class VllmWriter:
         self._run = secrets.token_hex(4)
         self._moved, self._version = weights_version(policy), first
         self._sent: int | None = None
-        self._laid: Path | None = None
+        self._laid: tuple[Path, int] | None = None
+        """A folder that the engine has not read yet, and the version in it."""
         self._trained = {_module(name) for name, _ in changed_weights(policy)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
         try:
@@ -128,9 +129,13 @@ class VllmWriter:
     def catch_up(self) -> None:
         """Give the engine the policy's weights as they stand, where it has others."""
         version = self.version
-        if version != self._sent:
-            self._engine.load(self._lay_down(whole=self._sent is None), f"{self._run}-{version}")
-            self._sent = version
+        if version == self._sent:
+            return
+        laid = self._laid if self._laid is not None and self._laid[1] == version else None
+        folder = self._lay_down(whole=self._sent is None) if laid is None else laid[0]
+        self._engine.load(folder, f"{self._run}-{version}")
+        self._sent = version
+        self._clear()  # a run that is killed shall not leave a model behind in shared memory
 
     def close(self) -> None:
         """End the engine, where it is the run's own, and remove what was laid down."""
@@ -141,18 +146,22 @@ class VllmWriter:
         return self._thread.submit(self._engine.answer, questions_of(prompts, uniforms), rule)
 
     def _lay_down(self, *, whole: bool) -> Path:
-        """A new folder with the weights as they stand; the one before is removed."""
+        """A new folder with the weights as they stand, in place of the one before."""
         weights = {
             name: tensor.contiguous().cpu()
             for name, tensor in all_weights(self._policy)
             if whole or _module(name) in self._trained
         }
-        before, folder = self._laid, self._folder / secrets.token_hex(4)
+        self._clear()
+        folder = self._folder / secrets.token_hex(4)
         self._policy.mode.model.save_pretrained(folder, state_dict=weights)
-        self._laid = folder
-        if before is not None:
-            shutil.rmtree(before)
+        self._laid = folder, self.version
         return folder
+
+    def _clear(self) -> None:
+        if self._laid is not None:
+            shutil.rmtree(self._laid[0])
+        self._laid = None
 
     def _remove(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -23,6 +23,20 @@ Note = Callable[[str, object], None]
 """Keeps a fact of the run."""
 
 
+@runtime_checkable
+class Lags(Protocol):
+    """A writer that may write by older weights than it could have."""
+
+    def catch_up(self) -> None:
+        """Take over the policy's weights as they stand."""
+
+
+def catch_up(writer: object) -> None:
+    """Before an evaluation, which is of the policy as it stands."""
+    if isinstance(writer, Lags):
+        writer.catch_up()
+
+
 @contextmanager
 def helped(
     settings: RunSettings,
