@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Protocol, runtime_checkable
 
 from tether.ahead import Ahead
 from tether.batch import Reward
