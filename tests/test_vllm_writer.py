@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from tether.batch import Origin, Sequences, Writer
+from tether.checks import Tolerance
 from tether.config import SamplingSettings
 from tether.errors import NonFiniteError, WorkerError
+from tether.honesty import Honesty
 from tether.models import LanguagePolicy, load_policy
 from tether.rollouts import sample
 from tether.runtime.vllm_engine import Answer, Rule
@@ -21,7 +23,7 @@ from tether.streams import uniforms
 from tether.vllm_writer import VllmWriter, questions_of
 from tiny_models import EOS, build, build_tokenizer, prompts_of
 from tolerances import ROUND_OFF, assert_close
-from vllm_stand_in import StandIn
+from vllm_stand_in import Bend, StandIn
 
 PROMPTS = prompts_of([7, 8, 9], [11], [3, 4, 5, 6], [50, 60])
 WIDTH, TEMPERATURE = 6, 0.7
@@ -106,13 +108,13 @@ def test_matrices_that_an_engine_may_keep_as_one_are_sent_together(tmp_path: Pat
     assert set(engine.loads[-1][1]) == wanted
 
 
-def test_nothing_is_left_of_the_weights_that_were_laid_down(tmp_path: Path) -> None:
+def test_weights_that_the_engine_has_read_are_not_left_lying(tmp_path: Path) -> None:
     policy = policy_of()
     writer, engine = writer_of(policy, tmp_path)
     for update in range(3):
         policy.generate(PROMPTS, draws(), 1.0)
         stir(policy, update)
-        assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+        assert list(tmp_path.rglob("*.safetensors")) == []
     assert (next(tmp_path.iterdir()).stat().st_mode & 0o777) == 0o700
     writer.close()
     assert engine.closed
@@ -297,6 +299,56 @@ def test_a_rollout_tells_whose_it_is_and_how_far_off(tmp_path: Path) -> None:
 def test_the_policys_own_sampler_logs_nothing_of_the_kind() -> None:
     metrics = sample(policy_of(), PROMPTS, draws(), SamplingSettings(max_new_tokens=WIDTH)).metrics
     assert [name for name in metrics if name.startswith(("rollout/", "sampler/"))] == []
+
+
+def alarms_of(policy: LanguagePolicy, updates: int, *, move: bool = False) -> list[str]:
+    """What the checks of the sampler say over some updates of sixteen prompts."""
+    honesty = Honesty(0, TEMPERATURE, Tolerance.of(torch.float32))
+    settings = SamplingSettings(max_new_tokens=WIDTH, temperature=TEMPERATURE)
+    prompts = prompts_of(*[[5 + row, 6] for row in range(16)])
+    said = []
+    for update in range(updates):
+        rollout = sample(policy, prompts, uniforms(0, "rollout", update, prompts.keys, WIDTH), settings)
+        said += [alarm.reason for alarm in honesty.check(policy, rollout, update)]
+        if move:
+            stir(policy, update)
+    return said
+
+
+def test_an_honest_engine_raises_no_alarm(tmp_path: Path) -> None:
+    policy = policy_of("top")
+    writer_of(policy, tmp_path)
+    assert alarms_of(policy, 8, move=True) == []
+
+
+def test_declared_staleness_raises_no_alarm(tmp_path: Path) -> None:
+    policy = policy_of("top")
+    writer_of(policy, tmp_path, lag=1, bound=1)
+    assert alarms_of(policy, 8, move=True) == []
+
+
+@pytest.mark.parametrize(
+    ("bend", "name"),
+    [
+        (lambda logits: logits / 0.8, "temperature_mismatch"),
+        (lambda logits: logits.where(logits >= logits.topk(12).values[-1], -torch.inf), "top_k"),
+    ],
+)
+@pytest.mark.parametrize("tells", [True, False], ids=["and-tells", "and-hides-it"])
+def test_an_engine_that_bends_the_distribution_is_named(tmp_path: Path, bend: Bend, name: str, tells: bool) -> None:
+    policy = policy_of("top")
+    _, engine = writer_of(policy, tmp_path)
+    engine.bend, engine.tells = bend, tells
+    said = alarms_of(policy, 12)
+    assert said[-1] == name
+
+
+def test_an_engine_that_keeps_its_old_weights_and_says_it_has_the_new_is_seen(tmp_path: Path) -> None:
+    policy = policy_of("top")
+    _, engine = writer_of(policy, tmp_path)
+    own = engine.load
+    engine.load = lambda folder, version: setattr(engine, "version", version) if engine.loads else own(folder, version)
+    assert "stale_sampler" in alarms_of(policy, 4, move=True)
 
 
 def test_what_was_begun_ahead_is_one_update_old_when_it_is_used(tmp_path: Path) -> None:

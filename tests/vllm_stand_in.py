@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from tether.runtime.vllm_engine import Answer, Question, Rule
 
 ANSWERED = "/inference/v1/generate"
+Bend = Callable[[torch.Tensor], torch.Tensor]
 
 
 class StandIn:
@@ -32,8 +33,10 @@ class StandIn:
         self.rules: list[Rule] = []
         self.lost = False
         self.closed = False
-        self.bend: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
+        self.bend: Bend = lambda logits: logits
         """What a dishonest engine does to its logits."""
+        self.tells = True
+        """Whether its log-probabilities are then those that it draws with."""
 
     def answer(self, questions: Sequence[Question], rule: Rule) -> list[Answer]:
         self.asked += questions
@@ -45,11 +48,10 @@ class StandIn:
         draw, tokens, logprobs = torch.Generator().manual_seed(question.seed), [], []
         for _ in range(rule.max_tokens):
             ids = torch.tensor([[*question.prompt, *tokens]])
-            log_q = (
-                self.bend(self.model(input_ids=ids, use_cache=False).logits[0, -1]) / rule.temperature
-            ).log_softmax(-1)
-            tokens.append(int(torch.multinomial(log_q.exp(), 1, generator=draw)))
-            logprobs.append(float(log_q[tokens[-1]]))
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, -1] / rule.temperature
+            bent = self.bend(logits).log_softmax(-1)
+            tokens.append(int(torch.multinomial(bent.exp(), 1, generator=draw)))
+            logprobs.append(float((bent if self.tells else logits.log_softmax(-1))[tokens[-1]]))
             if tokens[-1] in rule.stops:
                 return Answer(tuple(tokens), tuple(logprobs), True, (self.version,))
         return Answer(tuple(tokens), tuple(logprobs), False, (self.version,))
