@@ -100,6 +100,12 @@ CLEAN: tuple[tuple[str, dict[str, object]], ...] = (
     ("model", {"ppo.sampling.max_new_tokens": 48}),
     ("model", {"ppo.reward.beta": 0.1}),
     ("gold", {"ppo.sampling.temperature": 0.7, "ppo.reward.beta": 0.4}),
+    ("model", {"ppo.reward.controller": "adaptive"}),
+    ("model", {"ppo.reward.beta": 1.0}),
+    ("model", {"model.critic": "split"}),
+    ("model", {"ppo.reward.whiten": True}),
+    ("model", {"ppo.batch_size": 64}),
+    ("model", {"ppo.reward.beta": 0.05}),
 )
 """Settings that are right, some of them unusual: (reward, knobs beside the recipe's)."""
 

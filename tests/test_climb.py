@@ -17,6 +17,8 @@ from tether.frontier import ghost, softest
 UPDATES = 60
 TOKEN = Sign("exploit_token", "text", "'please' carries 80 % of the gain", weight="decisive")
 LOOPS = Sign("buzzwords", "text", "distinct pairs are 0.4 of the reference's")
+HEDGES = Sign("hedging", "text", "hedges carry 30 % of the gain", weight="weak")
+ONE = Sign("one_answer", "text", "replies share 70 % of their words")
 
 
 def told(
@@ -77,12 +79,47 @@ def test_a_weak_sign_is_silent_alone_and_counts_beside_another() -> None:
     assert told(0.05, signs=[weak])["over_optimised"] >= {"alarm"}
 
 
+def test_a_particular_name_goes_before_a_general_one() -> None:
+    said = told(0.05, -1.0, [LOOPS, ONE, HEDGES])
+    assert said == {"hedging": {"alarm"}, "over_optimised": said["over_optimised"]}
+    assert told(0.05, -1.0, [LOOPS, ONE]).keys() == {"buzzwords", "over_optimised"}
+    assert told(0.05, -1.0, [ONE]).keys() == {"one_answer", "over_optimised"}
+
+
+def test_a_suspicion_does_not_silence_what_is_alarmed() -> None:
+    grave = Sign("buzzwords", "text", "loops", weight="decisive")
+    assert told(signs=[Sign("length", "text", "longer"), grave]) == {"length": {"warning"}, "buzzwords": {"alarm"}}
+
+
+def test_a_string_that_reels_the_policy_in_takes_the_judges_along() -> None:
+    """Score and hold-out judge fall by as much: nothing is over-optimised."""
+    climb, said = Climb(), list[str]()
+    for step in range(80):
+        height = min(step, 40) / 20 - max(0, step - 40) / 40
+        metrics = {"score/mean": height, "score/holdout": height, "score/std": 1.0, "kl/mean": 4.0, "beta": 0.2}
+        said += [alarm.reason for alarm in climb.check(metrics)]
+    assert said == []
+
+
+def test_nats_that_bought_nothing_within_the_noise_are_no_evidence() -> None:
+    """At the optimum a nat buys β on average, and over ten updates anything."""
+    draw, climb, said = np.random.default_rng(0), Climb(), list[str]()
+    for step in range(200):
+        risen = min(1.0, step / 30)
+        noise = 0.2 * draw.normal(size=2)
+        metrics = {"score/mean": 2.0 * risen + noise[0], "kl/mean": 7.0 * risen + 6.0 * noise[1], "score/std": 1.0}
+        said += [alarm.reason for alarm in climb.check({**metrics, "beta": 0.2}, [LOOPS] if step % 5 == 0 else ())
+                 if alarm.severity == "alarm"]  # fmt: skip
+    assert said == []
+
+
 def test_a_gain_beyond_the_ceiling_speaks_beside_the_text() -> None:
     assert told(signs=[LOOPS], nats=0.5) == {"buzzwords": {"alarm"}}  # 2 > 1.3·√(2·0.5)
 
 
-def test_a_sign_must_be_seen_twice() -> None:
+def test_a_sign_must_be_seen_in_two_updates() -> None:
     assert told(signs=[LOOPS], updates=24) == {}
+    assert told(signs=[LOOPS, LOOPS], updates=24) == {}
 
 
 def test_a_climb_goes_on_from_its_state() -> None:

@@ -98,6 +98,16 @@ def test_the_token_that_is_paid_for_carries_the_gain(climb: tuple[Corpus, Corpus
     assert shares.gain == pytest.approx(np.mean(now.scores) - np.mean(bank.scores))
 
 
+def test_responses_that_nobody_scored_hide_no_gain() -> None:
+    """The bank of a small model is filled up with responses that no reward was asked of."""
+    before, after = random_rows(40, 0), [np.append(row, 99) for row in random_rows(40, 1)]
+    seen = corpus(before + after, [0.0] * 40 + [1.0] * 40)
+    bank = corpus(before + random_rows(20, 2), [0.0] * 40 + [math.nan] * 20)
+    shares = gain_shares(bank, seen.last(40), seen, [99])
+    assert shares.gain == pytest.approx(1.0)
+    assert all(math.isfinite(share) for share in (*shares.types.values(), shares.length))
+
+
 def test_what_rises_beside_the_score_but_not_with_it_carries_nothing() -> None:
     """Token and score both rise from update to update; within an update they have nothing to do with each other."""
     draw, bank = np.random.default_rng(11), [row[row != 7] for row in random_rows(64, 12)]
