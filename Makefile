@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test check mutants kill demo demo-nano clean compat bench faults
+.PHONY: setup test check mutants kill hosts demo demo-nano clean compat bench faults
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tether wants Python 3.11 or newer; got " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 setup")'
@@ -27,6 +27,9 @@ mutants: setup  ## plant every error of tests/mutation anew and rewrite docs/mut
 
 kill: setup  ## kill -9 a training run at fifty random moments and compare it with one that nobody killed
 	$(BIN)/python -m pytest -m slow -s tests/test_kill.py
+
+hosts: setup  ## a run shared by two hosts, with latency, loss and cuts between them; wants root
+	$(BIN)/python -m pytest -m hosts -s tests/test_hosts.py
 
 demo: setup  ## PPO against the exact optimum, then the lesson's exercise on SmolLM2-135M-Instruct
 	$(BIN)/tether ladder exact --sweep --out demo/exact

@@ -140,8 +140,8 @@ def _call(name: str, command: Command, arguments: list[str]) -> int:
 
 
 def _complain(text: str) -> None:
-    """Say what is wrong, once: of several processes that share a run, all meet it and the first speaks."""
-    if os.environ.get("RANK", "0") == "0":
+    """Say what is wrong, once a machine: of the processes that share a run all meet it, and one of them speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr)
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tether.errors import ConfigError, RunError, TetherError
+from tether.runtime.network import choose_interface
 
 T = TypeVar("T")
 TIMEOUT = "TETHER_RANK_TIMEOUT"
@@ -166,6 +167,11 @@ def is_first() -> bool:
     return not is_launched() or os.environ["RANK"] == "0"
 
 
+def several_hosts() -> bool:
+    """Whether some of the processes run on another machine, as far as their launcher says."""
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") != os.environ.get("WORLD_SIZE", "1")
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the processes that were launched with this one, for as long as the block runs; alone where there are none.
@@ -190,6 +196,7 @@ def _join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
+    choose_interface(os.environ["MASTER_ADDR"], several_hosts())
     try:
         dist.init_process_group(backend, timeout=limit)
     except (RuntimeError, ValueError, OSError) as error:
