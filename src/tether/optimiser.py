@@ -7,7 +7,7 @@ weight swallows steps below its 2⁻⁸ relative spacing. It knows no loss and n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from tether.runtime.sharding import is_sharded, local, piece, whole_of
 ADAM_BETAS = (0.9, 0.999)
 STEPS_TAKEN = "steps_taken"
 MASTER, COUNT = "master", "step"
-SUMMED_AT_ONCE = 1 << 24
-"""Entries of the gradients that the ranks add up in one message."""
+SUMMED_ALONE = 1 << 16
+"""Entries from which the ranks add up a gradient where it lies; smaller ones go together, in a copy."""
 
 
 def numbered(groups: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
@@ -75,10 +75,12 @@ class Optimiser:
         """Add up what the ranks collected, each its share: then all hold the gradient of the whole minibatch."""
         if ranks.count == 1:
             return
-        given = [p for p in self._whole if p.grad is not None]  # those of pieces were added up on the way back
-        for gradients in _buckets([p.grad for p in given if p.grad is not None]):
-            flat = ranks.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-            for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        given = [p.grad for p in self._whole if p.grad is not None]  # those of pieces were added up on the way back
+        small = [gradient for gradient in given if gradient.numel() < SUMMED_ALONE]
+        ranks.sum_all([gradient for gradient in given if gradient.numel() >= SUMMED_ALONE])
+        if small:
+            flat = ranks.sum(torch.cat([gradient.reshape(-1) for gradient in small]))
+            for gradient, part in zip(small, torch.split(flat, [g.numel() for g in small]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def drop_policy_gradients(self) -> None:
@@ -177,18 +179,6 @@ class Optimiser:
     def _halves(self) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
         pairs = [pair for name in self.groups for pair in zip(self.groups[name], self.masters[name], strict=True)]
         return [(parameter, master) for parameter, master in pairs if parameter is not master]
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in their order, a bounded number of entries at once."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > SUMMED_AT_ONCE:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
 
 
 def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

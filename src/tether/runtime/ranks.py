@@ -57,6 +57,9 @@ class Ranks:
         """The sum over all processes, in place."""
         return tensor
 
+    def sum_all(self, tensors: Sequence[Tensor]) -> None:
+        """The sums over all processes, in place, all on their way at once."""
+
     def largest(self, number: float) -> float:
         """The largest of what the processes say."""
         return number
@@ -101,6 +104,11 @@ class Group(Ranks):
         with _complaints(self, "a sum"):
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_all(self, tensors: Sequence[Tensor]) -> None:
+        with _complaints(self, "the gradients' sum"):
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
 
     def largest(self, number: float) -> float:
         said = torch.tensor([number], dtype=torch.float64, device=_place())
