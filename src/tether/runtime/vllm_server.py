@@ -186,9 +186,10 @@ class VllmServer:
         try:
             return self._wire.ask(method, path, body, self._seconds)
         except WireError as fault:
+            hint = f"; {DEVELOPMENT}`" if fault.status in (403, 404) else ""
             if self._child is not None:
                 self._child.require_alive()
-            hint = f"; {DEVELOPMENT}`" if fault.status in (403, 404) else ""
+                hint = f"; its last words: {self._child.last_words()}"
             raise WorkerError(f"vLLM did not do what it was asked: {fault}{hint}") from fault
 
 
