@@ -74,5 +74,9 @@ browser: page  ## the page in a real Chromium: Debian's package chromium and pip
 	cd web && npm run check && npm run test
 	$(BIN)/python -m pytest -m browser tests/test_web_browser.py
 
+ray: setup  ## workers on a Ray of this machine: equal to one process, killed, refused
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest -m ray tests/test_ray.py
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ from tether.reward_model import RewardModel
 from tether.reward_sources import Joined
 from tether.runtime.ray_cluster import Cluster, connected
 from tether.runtime.ray_crew import Crew, collect, deposit
-from tether.workers import ScoringWorker, WritingWorker, versions
+from tether.workers import ScoringWorker, WritingWorker, trained_weights, versions
 
 Scorer = Callable[[Sequence[Sequence[int]]], Tensor]
 """Token ids → raw scores."""
@@ -67,6 +67,7 @@ def ray_roles(
         )
     models = reward_models(rewards)
     with connected(knobs) as cluster:
+        cluster.require_store(stored_bytes(policy, models), "two versions of the weights, and the reward models,")
         cluster.reserve(knobs.rollout_workers + knobs.scoring_workers)
         crews = [cluster.crew("rollout", partial(WritingWorker, open_policy), knobs.rollout_workers)]
         if knobs.scoring_workers:
@@ -88,6 +89,13 @@ def ray_roles(
             if knobs.scoring_workers
             else [],
         )
+
+
+def stored_bytes(policy: LanguagePolicy, models: Sequence[RewardModel]) -> int:
+    """What lies in the object store at once: the weights as they stand and those before, and the reward models."""
+    weights = 2 * sum(weight.numel() * weight.itemsize for weight in trained_weights(policy))
+    rewards = sum(int(weight.numel() * weight.itemsize) for one in models for weight in one.model.parameters())
+    return weights + rewards
 
 
 def _greet(crews: Sequence[Crew]) -> None:

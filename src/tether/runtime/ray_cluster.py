@@ -36,6 +36,8 @@ ASK_SECONDS = 15.0
 """For a Ray to say that it is one. Left to itself, `ray.init` tries for two minutes and ends the process."""
 PLACE_SECONDS = 60.0
 """For a cluster to find room for the workers; one that grows by itself may take longer, and wants a second start."""
+STARTS = 3
+"""Tries to start a Ray of the run's own: it gives each of its processes 30 s, which a machine at its limit exceeds."""
 MIB = 2**20
 
 
@@ -63,6 +65,21 @@ class Cluster:
             raise WorkerError(
                 f"the Ray at {self.address} has no room for {workers} workers with {_amounts(bundle)} each; free are "
                 f"{_amounts(free)}: lower runtime.ray.rollout_workers or scoring_workers, or start more nodes"
+            )
+
+    def require_store(self, size: int, what: str) -> None:
+        """Raise WorkerError where the object store of some machine holds less than this many bytes.
+
+        Ray would go on, through files on the disk and at their pace; a run would be slow and nobody would know why.
+        """
+        import ray
+
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        least = min(float(node["Resources"].get("object_store_memory", 0.0)) for node in nodes)
+        if size > least:
+            raise WorkerError(
+                f"Ray's object store is too small: {what} take {size / MIB:.0f} MiB and a machine's store holds "
+                f"{least / MIB:.0f}; raise runtime.ray.object_store_mb, or --object-store-memory of `ray start`"
             )
 
     def crew(self, role: str, build: Callable[[], object], count: int) -> Crew:
@@ -100,13 +117,13 @@ def connected(settings: RaySettings) -> Iterator[Cluster]:
     A Ray that this process was connected to before is used as it is, and left connected. Raises MissingExtraError
     where Ray is not installed, WorkerError where nobody answers at the address, or no Ray.
     """
+    _prepare()
     require_ray()
     import ray
 
     address = settings.address or os.environ.get(ADDRESS)
     before = ray.is_initialized()
     if not before:
-        _quieten()
         if address is None:
             _start(settings)
         else:
@@ -128,29 +145,37 @@ def require_ray() -> None:
         raise MissingExtraError("runtime.writer: ray wants Ray; install it: pip install 'tether[ray]'") from error
 
 
-def _quieten() -> None:
-    """Ray tells of its start and of every worker on the terminal, where the run's own lines stand."""
+def _prepare() -> None:
+    """What Ray reads from the environment, where the user has not said otherwise.
+
+    It tells of its start and of every worker on the terminal, where the run's own lines stand; it starts workers at
+    niceness 15, although the learner waits for them; and it shows every GPU to a worker that was given none.
+    """
     logging.getLogger("ray").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
 
 
 def _start(settings: RaySettings) -> None:
     """A Ray on this machine that ends with this process, with a core for each worker whether there is one or not."""
     import ray
 
-    workers = settings.rollout_workers + settings.scoring_workers
-    store = settings.object_store_mb
-    try:
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, round(workers * settings.cpus_per_worker + 0.5)),
-            object_store_memory=None if store is None else store * MIB,
-            include_dashboard=False, configure_logging=False, log_to_driver=False,
-        )  # fmt: skip
-    except Exception as error:
-        raise WorkerError(
-            f"Ray did not start on this machine: {_line(error)}. Its own words are in /tmp/ray/session_latest/logs; it "
-            "wants a few hundred MB of memory and of /dev/shm"
-        ) from error
+    workers, store = settings.rollout_workers + settings.scoring_workers, settings.object_store_mb
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, round(workers * settings.cpus_per_worker + 0.5)),
+                object_store_memory=None if store is None else store * MIB,
+                include_dashboard=False, configure_logging=False, log_to_driver=False,
+            )  # fmt: skip
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left:
+                raise WorkerError(
+                    f"Ray did not start on this machine: {_line(error)}. Its own words are in "
+                    "/tmp/ray/session_latest/logs; it wants a few hundred MB of memory and of /dev/shm"
+                ) from error
 
 
 def _connect(address: str) -> None:

@@ -192,11 +192,13 @@ def _complaints(role: str, operation: str, worker: int | None = None) -> Iterato
         ) from error
     except exceptions.GetTimeoutError as error:
         raise WorkerError(f"{who} had no answer to {operation!r} in time: {_line(error)}") from error
-    except exceptions.RayError as error:
+    except exceptions.RayActorError as error:
         raise WorkerError(
             f"{who} is gone and did not come back at {operation!r}: {_line(error)}. The last checkpoint is whole: "
             "resume from it"
         ) from error
+    except exceptions.RayError as error:
+        raise WorkerError(f"Ray failed {who} at {operation!r}: {type(error).__name__}: {_line(error)}") from error
 
 
 def _as_raised(answer: Answer, prefix: str) -> TetherError:
