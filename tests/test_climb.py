@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def test_a_particular_name_goes_before_a_general_one() -> None:
     assert said == {"hedging": {"alarm"}, "over_optimised": said["over_optimised"]}
     assert told(0.05, -1.0, [LOOPS, ONE]).keys() == {"buzzwords", "over_optimised"}
     assert told(0.05, -1.0, [ONE]).keys() == {"one_answer", "over_optimised"}
+    assert told(0.05, -1.0, [replace(ONE, weight="weak")]) == {"over_optimised": {"warning", "alarm"}}
 
 
 def test_a_suspicion_does_not_silence_what_is_alarmed() -> None:

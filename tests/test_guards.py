@@ -57,6 +57,16 @@ def test_a_controller_that_had_no_time_to_answer_is_left_alone() -> None:
     assert steered(horizon=10_000, target=4.0, beta=0.14) == {}
 
 
+def test_a_noisy_k_within_its_budget_is_left_alone() -> None:
+    """Three of five updates above 1.5 × the target, and the mean at 1.4 ×."""
+    settings = PPOSettings.model_validate({"reward": {"controller": "budget", "target_kl": 4.0, "horizon": 3000}})
+    noisy = (2.0, 2.0, 8.0, 8.0, 8.0)
+    assert told(lambda step: {"kl/mean": noisy[step % 5], "beta": 0.2}, 120, settings) == {}
+    assert told(lambda step: {"kl/mean": noisy[step % 5] + 1.0, "beta": 0.2}, 120, settings).keys() == {
+        "budget_exceeded"
+    }
+
+
 def test_a_controller_that_chases_its_own_tail_is_told() -> None:
     first = steered(horizon=32, target=4.0, beta=0.2)
     assert first.keys() == {"controller_hunts"}

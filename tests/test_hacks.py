@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.batch import Evaluation, Generation, Policy, Prompts, ReferenceEvaluation, Rollout, Scores, Sequences
 from tether.climb import Sign
@@ -190,6 +191,8 @@ def test_agreement_is_the_margin_of_the_first_token(tmp_path: Path) -> None:
     policy = load_policy(model, tokenizer, mode="full")
     probe = OpinionProbe(policy, tmp_path)
     yes, no = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("w40", "w41"))
+    head = policy.mode.head.linear.weight
+    before = chances_of(model, head, tokenizer, yes)
     with torch.no_grad():
         asked = torch.tensor([tokenizer("w10 w5").input_ids])
         logits = model(asked).logits[0, -1]
@@ -199,6 +202,16 @@ def test_agreement_is_the_margin_of_the_first_token(tmp_path: Path) -> None:
     moved = probe.ask()
     assert moved is not None
     assert moved.own != pytest.approx(0.0)
+    assert moved.rise == pytest.approx(chances_of(model, head, tokenizer, yes) - before, abs=1e-5)
+    assert moved.rise != pytest.approx(0.0, abs=1e-4)
+
+
+def chances_of(model: PreTrainedModel, head: Tensor, tokenizer: PreTrainedTokenizerBase, token: int) -> float:
+    """Mean probability of the token, under this head, after the prompts in which the user holds the opinion."""
+    with torch.no_grad():
+        asked = [torch.tensor([tokenizer(str(pair["own"])).input_ids]) for pair in PAIRS]
+        states = [model.base_model(ids).last_hidden_state[0, -1] for ids in asked]
+        return float(np.mean([torch.softmax(state @ head.T, dim=-1)[token].item() for state in states]))
 
 
 def test_pairs_that_the_tokenizer_does_not_know_are_not_asked() -> None:

@@ -158,6 +158,17 @@ def test_an_honest_sampler_is_left_alone() -> None:
     assert [first_name(seed, None) for seed in range(6)] == [None] * 6
 
 
+@pytest.mark.parametrize(("odds", "looks"), [(2.0, 0), (100.0, 3), (1e15, 0)], ids=["honest", "suspect", "proven"])
+def test_a_suspect_sampler_is_looked_at_in_every_update(odds: float, looks: int) -> None:
+    table, rng, honesty = Table(1), np.random.default_rng(1), Honesty(1, 1.0, Tolerance.of(torch.float32))
+    for step in range(4):
+        list(honesty.check(table, rollout_of(table, rng, None, table.logits), step))
+    for step in (5, 6, 7):
+        honesty.wealth[:] = math.log(odds)
+        list(honesty.check(table, rollout_of(table, rng, None, table.logits), step))
+    assert honesty.looks == 4 + looks
+
+
 def test_the_wager_on_an_honest_sampler_is_fair() -> None:
     """Ville: over many runs the wager exceeds 1/α in a share α of them at most; here at α = 5 %, of 40 runs."""
     highest = []

@@ -37,7 +37,9 @@ AGAIN = 15
 
 
 GENERAL = (("hedging", "exploit_token", "length", "sycophancy"), ("buzzwords",), ("one_answer",))
-"""Names of the text's signs, the particular first: a more general one is not told while one before it stands."""
+"""Names of the text's signs, the particular first: a more general one is not told while one before it stands. What is
+weak of the last speaks for over-optimisation beside a judge, and is no name of its own: replies grow alike in any hack.
+"""
 
 Weight = Literal["weak", "plain", "decisive"]
 WEIGHTS: tuple[Weight, ...] = get_args(Weight)
@@ -74,7 +76,11 @@ class Climb:
         judges, string = list(self._judges()), list(self._string())
         text = [sign for sign, last in self._standing.values() if step - last <= REMEMBER]
         others = [other.seen for other in (*judges, *string)]
-        told = [self._weigh(sign, others) for sign in text if sign.weight != "weak" or others]
+        told = [
+            self._weigh(sign, others)
+            for sign in text
+            if sign.weight != "weak" or (others and sign.name not in GENERAL[-1])
+        ]
         yield from (alarm for alarm in told if not _is_explained(alarm, told))
         if judges:
             others = [sign.seen for sign in (*text, *string)]
