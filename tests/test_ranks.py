@@ -20,7 +20,7 @@ from tether.errors import ConfigError, InputError, RunError
 from tether.runtime.processes import require_processes
 from tether.runtime.ranks import ALONE, TIMEOUT, Ranks, is_launched, joined
 from tether.store import RunStore
-from tether.update import balanced, micro_batches, passes
+from tether.update import micro_batches, passes, shares_by_length
 
 TESTS = Path(__file__).parent
 ROUND_OFF = 2e-6
@@ -146,9 +146,21 @@ def test_every_row_of_a_minibatch_is_passed_over_by_one_rank(count: int) -> None
     assert len({len(own) for own in seats}) == 1, "weights that are sharded are gathered by all in step"
 
 
-def test_shares_of_a_minibatch_hold_equal_numbers_of_tokens() -> None:
-    lengths = torch.tensor([50, 40, 30, 20, 10, 10])
-    assert [int(lengths[share].sum()) for share in balanced(lengths, 2)] == [80, 80]
+def test_shares_of_a_minibatch_hold_like_rows_and_about_equal_tokens() -> None:
+    lengths = torch.tensor([10, 50, 20, 40, 10, 30])
+    assert [sorted(lengths[share].tolist()) for share in shares_by_length(lengths, 2)] == [[40, 50], [10, 10, 20, 30]]
+
+
+@pytest.mark.parametrize("lengths", [[1000, 1, 1], [1, 1, 1000], [5, 5, 5], [7, 900, 900]])
+def test_no_share_is_empty_however_long_a_row_is(lengths: list[int]) -> None:
+    shares = shares_by_length(torch.tensor(lengths), 3)
+    assert sorted(int(row) for share in shares for row in share) == [0, 1, 2]
+    assert all(len(share) == 1 for share in shares)
+
+
+def test_rows_of_one_length_are_shared_though_one_pass_would_hold_them_all() -> None:
+    seats = [passes(torch.full((8,), 10), UpdateSettings(), Seat(rank, 2)) for rank in range(2)]
+    assert [sum(len(part) for part, counts in own if counts) for own in seats] == [4, 4]
 
 
 def test_a_process_alone_passes_over_its_rows_in_their_order() -> None:

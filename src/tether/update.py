@@ -158,28 +158,26 @@ def passes(
     """
     if ranks.count == 1:
         return [(part, True) for part in micro_batches(lengths, settings.tokens_per_micro_batch, settings.max_padding)]
-    shares = balanced(lengths, ranks.count)
     parts = [
         [share[part] for part in micro_batches(lengths[share], settings.tokens_per_micro_batch, settings.max_padding)]
-        if len(share)
-        else []
-        for share in shares
+        for share in shares_by_length(lengths, ranks.count)
     ]
     most, own = max(map(len, parts)), parts[ranks.rank]
     filler = lengths.argmin().unsqueeze(0)
     return [(part, True) for part in own] + [(filler, False)] * (most - len(own))
 
 
-def balanced(lengths: Int[Tensor, "rows"], shares: int) -> list[Int[Tensor, "share"]]:
-    """The rows dealt to so many, the longest first, each to whoever has the fewest tokens so far."""
-    sizes: list[int] = lengths.tolist()
-    hands: list[list[int]] = [[] for _ in range(shares)]
-    loads = [0] * shares
-    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
-        least = loads.index(min(loads))
-        hands[least].append(row)
-        loads[least] += sizes[row]
-    return [torch.tensor(sorted(hand), dtype=torch.long, device=lengths.device) for hand in hands]
+def shares_by_length(lengths: Int[Tensor, "rows"], count: int) -> list[Int[Tensor, "share"]]:
+    """The rows in so many shares of about equal tokens, the first has the longest rows: like lengths pass together.
+
+    There are at least as many rows as shares, and no share is empty.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    done = lengths[order].cumsum(0)
+    share = torch.div((done - lengths[order] // 2) * count, done[-1], rounding_mode="floor").tolist()
+    last = len(order) - count
+    mine = [max(min(share[place], count - 1, place), place - last) for place in range(len(order))]
+    return [order[[place for place, to in enumerate(mine) if to == rank]] for rank in range(count)]
 
 
 def _not_finite(policy_loss: Tensor, value_loss: Tensor) -> str | None:
