@@ -77,6 +77,29 @@ def test_a_budget_that_is_left_far_behind_is_told_however_slow_the_controller() 
     assert steered(horizon=10_000, target=1.0, beta=0.05).keys() == {"budget_exceeded"}
 
 
+def test_an_overshoot_that_comes_down_is_left_alone() -> None:
+    settings = PPOSettings.model_validate(
+        {"batch_size": 16, "reward": {"controller": "adaptive", "target_kl": 4.0, "horizon": 200}}
+    )
+    assert told(lambda step: {"kl/mean": 20.0 * math.exp(-step / 80), "beta": 0.2}, 120, settings) == {}
+    assert told(lambda _: {"kl/mean": 8.0, "beta": 0.2}, 120, settings).keys() == {"budget_exceeded"}
+
+
+@pytest.mark.parametrize(
+    ("beta", "reasons"),
+    [
+        (lambda step: 0.2 * 1.06**step, set()),
+        (lambda step: 0.2 * 1.1**step, {"controller_hunts"}),
+        (lambda step: 0.2 * 1.4 ** math.sin(step / 6), {"controller_hunts"}),
+        (lambda step: 0.2 * 1.1 ** math.sin(step / 6), set()),
+    ],
+    ids=["a steady climb", "twofold within ten updates", "swings", "ripples"],
+)
+def test_beta_hunts_by_its_haste_or_by_its_turns(beta: Callable[[int], float], reasons: set[str]) -> None:
+    settings = PPOSettings.model_validate({"reward": {"controller": "adaptive", "target_kl": 4.0}})
+    assert told(lambda step: {"kl/mean": 4.0, "beta": beta(step)}, 80, settings).keys() == reasons
+
+
 def test_a_budget_controller_at_its_stop_is_told() -> None:
     settings = PPOSettings.model_validate({"reward": {"controller": "budget", "target_kl": 4.0}})
     assert told(lambda _: {"kl/mean": 3.0, "beta": 10.0}, 5, settings) == {"controller_hunts": 2}
