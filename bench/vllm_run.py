@@ -61,7 +61,8 @@ def run(folder: Path, seed: int, asked: argparse.Namespace, **runtime: object) -
     done = tether.train(
         policy=folder / "sft", reward=count_words, prompts=prompts, name=name, root=folder / "runs", quiet=True,
         steps=asked.steps, seed=seed, beta=0.1, mode="full", dtype="float32", batch_size=asked.batch,
-        max_new_tokens=12, learning_rate=1e-3, missing_eos="keep", allow_base=True, **{"evaluation.every": 1000, **runtime},
+        max_new_tokens=12, learning_rate=1e-3, missing_eos="keep", allow_base=True,
+        **{"evaluation.every": 1000, **runtime},
     )  # fmt: skip
     return {name: done.metrics(name).tolist() for name in (*WATCHED, "seconds/generate")}
 

@@ -148,7 +148,8 @@ def package(folder: Path, code: str) -> Launch:
 
 
 def test_a_server_that_does_not_come_up_is_told_with_its_last_words(tmp_path: Path) -> None:
-    launch = package(tmp_path, "raise ValueError('no room for keys and values')")
+    remark = "print('WARNING 11-21 this may cause OSError: too many files', flush=True)"
+    launch = package(tmp_path, f"{remark}\nraise ValueError('no room for keys and values')")
     with pytest.raises(
         WorkerError, match=r"ended with status 1; its last words: ValueError: no room for keys and values"
     ):
@@ -156,7 +157,8 @@ def test_a_server_that_does_not_come_up_is_told_with_its_last_words(tmp_path: Pa
 
 
 def test_a_server_that_hangs_at_the_start_is_given_up(tmp_path: Path) -> None:
-    launch = package(tmp_path, "import time; print('loading', flush=True); time.sleep(60)")
+    remark = "print('WARNING 11-21 this may cause OSError: too many files', flush=True)"
+    launch = package(tmp_path, f"import time; {remark}; print('loading', flush=True); time.sleep(60)")
     with pytest.raises(WorkerError, match=r"did not come up within 1 s; its last words: loading"):
         VllmServer.start(Launch(**vars(launch) | {"start_seconds": 1.0}), tmp_path, 5.0)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,8 @@ INSTALL = "pip install 'tether[vllm]', or name the interpreter of an environment
 DEVELOPMENT = (
     "start it with VLLM_SERVER_DEV_MODE=1 and `vllm serve MODEL --enable-scale-out --logprobs-mode " + LOGPROBS
 )
+ERROR, REMARK = re.compile(r"\b\w*Error: "), re.compile(r"\b(INFO|WARNING) ")
+"""A line of vLLM's log that ends a traceback, and one that mentions an error in passing."""
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -222,7 +225,7 @@ class Child:
     def last_words(self) -> str:
         """The last line of the log that names an error, or the last at all."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line and "raise " not in line]
+        errors = [line for line in lines if ERROR.search(line) and not REMARK.search(line)]
         return (errors or lines or ["none"])[-1]
 
     def close(self) -> None:
