@@ -1,0 +1,267 @@
+"""Real workers on a real Ray on this machine: equal to one process, outliving kills, one clear error for each fault.
+
+`make ray` runs it; it starts a Ray of three workers, and some programs with a Ray of their own.
+"""
+
+from __future__ import annotations
+
+import http.server
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from ray_run_of import STEPS, WORKERS, on_ray
+from resumable import count_words, left_behind, settings_of, task_of
+from tether.batch import Prompt
+from tether.config import RaySettings, RunSettings
+from tether.errors import ModelError, WorkerError
+from tether.runtime import ray_cluster
+from tether.session import Judges, open_policy, train_run
+from tether.store import RunStore
+from tether.workers import WritingWorker
+from tolerances import ROUND_OFF, assert_close
+
+ray = pytest.importorskip("ray")
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("unchecked_shapes"), pytest.mark.timeout(900),
+              pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]  # fmt: skip
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ray_cluster.Cluster]:
+    """One Ray for all tests in this process; runs that find it use it. Its workers find what the tests define."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    with ray_cluster.connected(RaySettings(**WORKERS)) as found:  # type: ignore[arg-type]
+        yield found
+
+
+@pytest.fixture
+def crews(cluster: ray_cluster.Cluster) -> Iterator[ray_cluster.Cluster]:
+    """The same, given back after each test."""
+    yield cluster
+    cluster.release()
+
+
+class Clerk:
+    """Answers, sleeps, fails, or lays down its life."""
+
+    def double(self, number: int) -> int:
+        return 2 * number
+
+    def rest(self, seconds: float) -> str:
+        time.sleep(seconds)
+        return "rested"
+
+    def fall(self, mark: str) -> str:
+        """Dies at the first call, and says so at the next."""
+        if Path(mark).exists():
+            return "risen"
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return "never"
+
+    def complain(self) -> None:
+        raise ModelError("no such folder")
+
+
+# ── a crew ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_a_crew_answers_in_the_order_of_its_shares(crews: ray_cluster.Cluster) -> None:
+    crews.reserve(2)
+    crew = crews.crew("clerk", Clerk, 2)
+    assert crew.ask("double", [(3,), (4,)]) == [6, 8]
+    assert crew.ask("double", [(5,)]) == [10]
+    assert len({process for _, process in crew.processes.values()}) == 2
+
+
+def test_a_worker_that_dies_at_its_task_is_started_anew_and_asked_again(
+    crews: ray_cluster.Cluster, tmp_path: Path
+) -> None:
+    crews.reserve(1)
+    crew, told = crews.crew("clerk", Clerk, 1), []
+    crew.on_restart = lambda: told.append(1)
+    crew.ask("double", [(1,)])
+    assert crew.ask("fall", [(str(tmp_path / "fell"),)]) == ["risen"]
+    assert (crew.restarts, told) == (1, [1])
+
+
+def test_a_worker_that_hangs_is_named_with_its_role_and_operation(crews: ray_cluster.Cluster) -> None:
+    crews.reserve(2)
+    crew = crews.crew("clerk", Clerk, 2)
+    crew.ask("double", [(1,), (1,)])
+    crew.limit_seconds = 2.0
+    with pytest.raises(WorkerError, match=r"the clerk worker 1 did not answer 'rest' within 2 s.*answer_seconds"):
+        crew.ask("rest", [(0.0,), (30.0,)])
+
+
+def test_a_worker_s_complaint_is_of_its_own_kind_and_says_whose_it_is(crews: ray_cluster.Cluster) -> None:
+    crews.reserve(1)
+    with pytest.raises(ModelError, match=r"the clerk worker 0 on .*, at 'complain': no such folder"):
+        crews.crew("clerk", Clerk, 1).ask("complain", [()])
+
+
+def test_a_worker_without_the_model_on_its_machine_is_one_error(crews: ray_cluster.Cluster, tmp_path: Path) -> None:
+    crews.reserve(1)
+    opening = partial(open_policy, tmp_path / "nowhere", settings_of("full"), None)
+    with pytest.raises(ModelError, match=r"the rollout worker 0 on .*, at 'hello': .*nowhere"):
+        crews.crew("rollout", partial(WritingWorker, opening), 1).ask("hello", [()])
+
+
+def test_a_cluster_without_room_says_what_is_free(crews: ray_cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "PLACE_SECONDS", 2.0)
+    with pytest.raises(WorkerError, match=r"no room for 99 workers with 1 CPU each; free are \d+ CPU"):
+        crews.reserve(99)
+    crews.reserve(2)  # nothing is left of the first try
+
+
+def test_a_store_that_is_too_small_is_told_before_anything_is_sent(crews: ray_cluster.Cluster) -> None:
+    with pytest.raises(WorkerError, match=r"object store is too small: the weights take 9000 MiB .* holds 200"):
+        crews.require_store(9000 * 2**20, "the weights")
+    crews.require_store(2**20, "the weights")
+
+
+@pytest.mark.parametrize("fault", ["ObjectStoreFullError", "OutOfDiskError"])
+def test_a_store_that_fills_up_is_one_error(
+    crews: ray_cluster.Cluster, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tether.runtime.ray_crew import deposit
+
+    def full(thing: object) -> None:
+        raise getattr(ray.exceptions, fault)("no room")
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(WorkerError, match=r"object store is full: the driver found no room at 'send weights'"):
+        deposit([1], "send weights")
+
+
+def test_what_answers_and_is_no_ray_is_one_error_within_seconds() -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(WorkerError, match="is no Ray"):
+            ray_cluster._look(f"127.0.0.1:{server.server_port}")
+        assert time.monotonic() - started < ray_cluster.ASK_SECONDS + 5.0
+        server.shutdown()
+
+
+# ── whole runs ──────────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass
+class AtCalls:
+    """A reward that counts words, and does something at some of its calls."""
+
+    calls: Sequence[int]
+    act: Callable[[], None]
+    made: int = 0
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+        self.made += 1
+        if self.made in self.calls:
+            self.act()
+        return count_words(prompts, responses)
+
+
+def carry_out(root: Path, name: str, settings: RunSettings, reward: object = count_words) -> dict[str, object]:
+    task = replace(task_of(root / "sft"), judges=Judges(reward))  # type: ignore[arg-type]
+    train_run(task, settings, root, name, Console(file=io.StringIO()))
+    return left_behind(root / name)
+
+
+def assert_same_course(got: dict[str, object], wanted: dict[str, object]) -> None:
+    """Every metric, and every weight and moment, to round-off."""
+    curves, expected = got["curves"], wanted["curves"]
+    assert isinstance(curves, dict)
+    assert isinstance(expected, dict)
+    assert curves.keys() == expected.keys()
+    for name, (steps, values) in expected.items():
+        assert curves[name][0] == steps
+        assert curves[name][1] == pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True), name
+    bits, others = got["bits"], wanted["bits"]
+    assert isinstance(bits, dict)
+    assert isinstance(others, dict)
+    for name in others:
+        one, other = (torch.frombuffer(bytearray(each[name]), dtype=torch.float32) for each in (bits, others))
+        assert_close(one, other.double(), ROUND_OFF)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "top"])
+@pytest.mark.usefixtures("cluster")
+def test_two_writers_and_a_scorer_end_where_one_process_ends(tmp_path: Path, mode: str) -> None:
+    alone = carry_out(tmp_path, "alone", settings_of(mode, steps=5))
+    assert_same_course(carry_out(tmp_path, "helped", on_ray(mode=mode, steps=5)), alone)
+
+
+def workers_of(run: Path) -> list[int]:
+    """Process ids of the workers, by the run folder."""
+    with RunStore.open(run) as store:
+        told = store.meta()["workers"]
+    assert isinstance(told, dict)
+    return [int(one["process"]) for role in ("rollout", "scoring") for one in told[role]["workers"]]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.usefixtures("cluster")
+def test_killed_workers_change_nothing(tmp_path: Path, overlap: bool) -> None:
+    """kill -9 of one writer, of all writers, of the scorer: each in the middle of an update."""
+    victims = iter([slice(0, 1), slice(0, 2), slice(2, 3)])
+
+    def kill() -> None:
+        for process in workers_of(tmp_path / "killed")[next(victims)]:
+            os.kill(process, signal.SIGKILL)
+
+    settings = on_ray(overlap=overlap)
+    whole = carry_out(tmp_path, "whole", settings, AtCalls((), kill))
+    # a reward is called in each update, and in the evaluations before, between and after
+    killed = carry_out(tmp_path, "killed", settings, AtCalls((3, 5, 7), kill))
+    assert next(victims, None) is None
+    assert killed == whole
+    with RunStore.open(tmp_path / "killed") as store:
+        told = store.meta()["workers"]
+    assert isinstance(told, dict)
+    assert told["rollout"]["restarts"] >= 2
+    assert told["scoring"]["restarts"] >= 1
+
+
+# ── the learner killed ──────────────────────────────────────────────────────────────────────────────────────────────
+def program(run: Path, overlap: bool) -> subprocess.Popen[bytes]:
+    """`ray_run_of.py` on its way."""
+    paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "ray_run_of.py"), str(run), *(["overlap"] if overlap else [])]
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def updates_of(run: Path) -> int:
+    if not (run / "run.db").is_file():
+        return 0
+    with RunStore.open(run) as store:
+        last = store.last_step()
+    return 0 if last is None else last + 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_learner_that_was_killed_goes_on_from_its_checkpoint(tmp_path: Path, overlap: bool) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert program(whole, overlap).wait() == 0, (tmp_path / "whole.log").read_text()[-3000:]
+    learner = program(killed, overlap)
+    while updates_of(killed) < STEPS // 2:
+        assert learner.poll() is None, (tmp_path / "killed.log").read_text()[-3000:]
+        time.sleep(0.05)
+    orphans = workers_of(killed)
+    learner.send_signal(signal.SIGKILL)
+    assert learner.wait() == -signal.SIGKILL
+    assert program(killed, overlap).wait() == 0, (tmp_path / "killed.log").read_text()[-3000:]
+    assert left_behind(killed) == left_behind(whole)
+    assert not [process for process in orphans if Path(f"/proc/{process}").exists()]
