@@ -73,6 +73,13 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
+def basis(rows: Sequence[Row], clean: Sequence[Line]) -> str:
+    """How many runs it all stands on, and what was not planted yet."""
+    runs, absent = [row.runs for row in rows], [fault for fault in FAULTS if fault not in {row.fault for row in rows}]
+    told = f"It stands on {min(runs)} to {max(runs)} seeds of {len(rows)} faults and on {len(clean)} clean runs"
+    return told + (f"; not run yet: {', '.join(f'`{fault}`' for fault in absent)}.\n" if absent else ".\n")
+
+
 def summary(rows: Sequence[Row], clean: Sequence[Line]) -> str:
     """Rates by kind, and the clean runs."""
     told = []
@@ -108,7 +115,8 @@ def write_report(results: Path) -> None:
     """The page's block and the picture."""
     lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
     rows, clean = rows_of(lines), [line for line in lines if line["fault"] == "clean"]
-    block = f"{summary(rows, clean)}\n![which check fires on which fault](images/faults.png)\n\n{table(rows)}\n"
+    block = f"{basis(rows, clean)}\n{summary(rows, clean)}\n"
+    block += f"![which check fires on which fault](images/faults.png)\n\n{table(rows)}\n"
     block += f"### Not detected\n\n{missed(lines)}"
     before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + block + END + rest.partition(END)[2], "utf-8")
