@@ -25,8 +25,8 @@ test: check  ## everything that CI runs
 mutants: setup  ## plant every error of tests/mutation anew and rewrite docs/mutations.md
 	$(BIN)/python tests/mutation/run.py
 
-kill: setup  ## kill -9 a training run at fifty random moments and compare it with one that nobody killed
-	$(BIN)/python -m pytest -m slow -s tests/test_kill.py
+kill: setup  ## kill -9 a run at fifty random moments, one of two processes at thirty; compare it with one that nobody killed
+	$(BIN)/python -m pytest -m slow -s tests/test_kill.py tests/test_kill_shared.py
 
 hosts: setup  ## a run shared by two hosts, with latency, loss and cuts between them; wants root
 	$(BIN)/python -m pytest -m hosts -s tests/test_hosts.py

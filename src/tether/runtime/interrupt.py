@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM as a wish to stop at the next good moment; a second one leaves at once.
 
-The program asks `wanted` between updates, where its state is whole.
+The program asks `wanted` between updates, where its state is whole. A process of several has the same wish when its
+launcher is gone: nobody waits for it any more, and its run folder would stay taken.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAUNCHER = "TETHER_LAUNCHER"
+"""Environment variable: the process that started this one to share a run."""
+LOOK_SECONDS = 0.5
 
 
 class Interrupt:
@@ -40,6 +45,22 @@ class Interrupt:
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
+        if os.environ.get("RANK", "0") != "0":
+            return  # of several processes the first says it
         with suppress(OSError, ValueError):
             # Past Python's buffers, which may be in the middle of a write.
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self._notice}\n".encode())
+
+
+def stop_without_launcher() -> None:
+    """Send this process SIGTERM once the one that launched it is gone, and look for that from now on."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+
+    def look() -> None:
+        while os.getppid() == int(launcher):
+            time.sleep(LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()

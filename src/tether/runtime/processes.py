@@ -17,9 +17,13 @@ from contextlib import contextmanager
 
 from tether.config import RunSettings
 from tether.errors import ConfigError
+from tether.runtime.interrupt import LAUNCHER
 from tether.runtime.ranks import Ranks
 
 THREADS = "OMP_NUM_THREADS"
+SAVING, SAVING_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600"
+"""How long torch's launcher waits, after Ctrl-C, for processes that finish their update and save; it would kill them
+after 30 seconds, in the middle of a large model's update."""
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
@@ -32,6 +36,8 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ.setdefault(SAVING, SAVING_SECONDS)
     os.environ.setdefault(THREADS, str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
@@ -71,10 +77,9 @@ def require_processes(settings: RunSettings, ranks: Ranks) -> None:
 @contextmanager
 def _without_its_words() -> Iterator[None]:
     """torch's launcher logs a stack of its own for each process that ends badly, which says nothing new."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logging.disable(before)

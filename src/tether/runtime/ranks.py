@@ -14,6 +14,7 @@ between CPUs, NCCL between GPUs. Knows no model and no room. Read next: `ranked.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tether.errors import ConfigError, RunError, TetherError
+from tether.runtime.interrupt import stop_without_launcher
 from tether.runtime.network import choose_interface
 
 T = TypeVar("T")
@@ -190,6 +192,7 @@ def joined() -> Iterator[Ranks]:
     if not is_launched() or _here is not ALONE:
         yield _here
         return
+    stop_without_launcher()
     _join()
     _here = Group()
     try:
@@ -257,5 +260,6 @@ def _place() -> Literal["cpu"]:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error, without torch's own stack."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first sentence of an error, without torch's own stack and the place in its source."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", first).partition(". ")[0][:200]
