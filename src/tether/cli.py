@@ -53,6 +53,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("tether.evaluate_run", "main", "a run on held-out prompts: every judge, KL, win rate, best-of-n"),
     "recipes ls": Command("tether.recipe_files", "main_list", "the recipes that come with the program"),
     "recipes cp": Command("tether.recipe_files", "main_copy", "copy a recipe into a file of your own"),
+    "recipes to": Command("tether.moving_out", "main", "a recipe as OpenRLHF's command line or verl's overrides"),
     "doctor": Command("tether.doctor", "main", "what this machine has; with --run, whether a run fits into it"),
     "resume": Command("tether.resume", "main", "go on with a run that was stopped or killed, as if it never had been"),
     "fork": Command("tether.resume", "main_fork", "another run from a checkpoint of this one: fork RUN@STEP --name N"),
