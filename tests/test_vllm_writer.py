@@ -11,19 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from tether.ahead import Request
 from tether.batch import Origin, Sequences, Writer
 from tether.checks import Tolerance
-from tether.config import SamplingSettings
-from tether.errors import NonFiniteError, WorkerError
+from tether.config import RunSettings, SamplingSettings
+from tether.errors import ConfigError, NonFiniteError, WorkerError
 from tether.honesty import Honesty
 from tether.models import LanguagePolicy, load_policy
 from tether.rollouts import sample
 from tether.runtime.vllm_engine import Answer, Rule
 from tether.streams import uniforms
+from tether.vllm_run import vllm_writing
 from tether.vllm_writer import VllmWriter, questions_of
+from tether.writers import helped
 from tiny_models import EOS, build, build_tokenizer, prompts_of
 from tolerances import ROUND_OFF, assert_close
-from vllm_stand_in import Bend, StandIn
+from vllm_stand_in import Bend, StandIn, serving
 
 PROMPTS = prompts_of([7, 8, 9], [11], [3, 4, 5, 6], [50, 60])
 WIDTH, TEMPERATURE = 6, 0.7
@@ -275,6 +278,46 @@ def test_tokens_that_the_policy_does_not_have_are_another_models(tmp_path: Path)
     engine.answer = lambda questions, rule: [Answer((500,), (-1.0,), False, (engine.version,)) for _ in questions]
     with pytest.raises(WorkerError, match="token 500 and the policy has 97"):
         policy.generate(PROMPTS, draws(), 1.0)
+
+
+# ── from the settings of a run ──────────────────────────────────────────────────────────────────────────────────────
+def settings_of(runtime: dict, **vllm: object) -> RunSettings:
+    return RunSettings.model_validate({"world": "nano", "runtime": {"writer": "vllm", "vllm": vllm} | runtime})
+
+
+def test_a_run_with_an_address_has_a_writer_there_as_long_as_it_lasts(tmp_path: Path) -> None:
+    policy = policy_of("top")
+    with serving() as routes:
+        settings = settings_of({}, address=routes.url, folder=str(tmp_path))
+        with helped(settings, policy, lambda: policy, [], lambda name, fact: None, first=5):
+            first = policy.generate(PROMPTS, draws(), TEMPERATURE)
+            stir(policy)
+            second = policy.generate(PROMPTS, draws(), TEMPERATURE)
+    assert first.responses[:, :2].tolist() == [[9, EOS], [11, EOS], [6, EOS], [60, EOS]]
+    assert [first.origin.version, second.origin.version] == [5, 6]
+    assert policy.writer is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_overlap_what_an_update_takes_was_begun_in_the_one_before(tmp_path: Path) -> None:
+    policy = policy_of("top")
+    with serving() as routes:
+        settings = settings_of({"overlap": True}, address=routes.url, folder=str(tmp_path))
+        with helped(settings, policy, lambda: policy, [], lambda name, fact: None):
+            asked = [Request(PROMPTS, draws(update), TEMPERATURE) for update in range(3)]
+            policy.writer.following = lambda request: asked[1] if request.is_same(asked[0]) else None
+            first = policy.generate(PROMPTS, draws(0), TEMPERATURE)
+            stir(policy)
+            second = policy.generate(PROMPTS, draws(1), TEMPERATURE)
+    assert (first.origin.staleness, second.origin.staleness) == (0, 1)
+
+
+def test_sharded_weights_and_a_folder_that_is_not_there_are_refused(tmp_path: Path) -> None:
+    sharded = settings_of({"processes": 2, "sharding": "fsdp"})
+    elsewhere = settings_of({}, folder=str(tmp_path / "no"))
+    for settings, told in ((sharded, "sharding: replicate"), (elsewhere, "wanted a folder that is there")):
+        with pytest.raises(ConfigError, match=told), vllm_writing(settings, policy_of("top")):
+            pass
 
 
 # ── what a run makes of it ──────────────────────────────────────────────────────────────────────────────────────────

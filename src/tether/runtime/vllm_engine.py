@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 PROVED = "0.32.0"
 """The vLLM that `make vllm` proves all this with."""
@@ -62,6 +62,7 @@ class Answer:
     """The weights that made it, in order; several where they were exchanged on the way."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A vLLM that holds the policy's architecture."""
 
