@@ -20,6 +20,7 @@ from tether.metrics import CATALOGUE
 from tether.records import Curve, Heartbeat
 from tether.runs import (
     MAIN,
+    crew_of,
     describe_run,
     find_run,
     knob,
@@ -284,3 +285,20 @@ def test_show_describes_what_the_catalogue_knows(root: Path) -> None:
     assert isinstance(metrics, dict)
     assert all(CATALOGUE[name].unit == told["unit"] for name, told in metrics.items())
     assert set(MAIN) <= CATALOGUE.keys()
+
+
+def test_who_shares_a_run_is_told_and_one_process_is_not_worth_a_word() -> None:
+    place = {"host": "b", "process": 7}
+    meta = {
+        "processes": {"count": 1, "sharding": "replicate", "hosts": ["a"]},
+        "workers": {
+            "rollout": {"workers": [place, place], "restarts": 1},
+            "scoring": {"workers": [place], "restarts": 0},
+        },
+    }
+    assert crew_of(meta, {"rollout/version": 12.0, "rollout/staleness": 1.0}) == [
+        "2 rollout workers of Ray on b, started anew 1 times",
+        "1 scoring workers of Ray on b",
+        "responses by weights of version 12, 1 updates old",
+    ]
+    assert crew_of({"processes": {"count": 1, "sharding": "replicate", "hosts": ["a"]}}, {"kl/mean": 1.0}) == []

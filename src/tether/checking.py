@@ -17,7 +17,7 @@ from rich.console import Console
 from tether.alarms import FAILURES
 from tether.database import to_json
 from tether.errors import RunError
-from tether.runs import ROOT, find_run
+from tether.runs import ROOT, crew_of, find_run
 from tether.store import RunStore
 from tether.terminal import console_for_output, short
 from tether.verdict import Standing, Verdict, judge
@@ -53,15 +53,17 @@ def main(run: str, /, root: Path = ROOT, json: bool = False, pluck: bool = False
         folder = find_run(run, root)
         with RunStore.open(folder) as store:
             verdict = judge(store)
+            crew = crew_of(store.meta(), store.latest())
         answer = _pluck(folder) if pluck else None
     except RunError as error:
         print(f"tether check: {error}", file=sys.stderr)
         return MISUSED
     if json:
-        told = described(verdict) | ({} if answer is None else {"pluck": asdict(answer)})
+        told = described(verdict) | {"crew": crew} | ({} if answer is None else {"pluck": asdict(answer)})
         print(jsonlib.dumps(jsonlib.loads(to_json(told)), indent=2))
     else:
         show(verdict, console_for_output())
+        print("".join(f"\nshared by {line}" for line in crew), end="\n" * bool(crew))
         if answer is not None:
             print(f"\npluck: {answer.sentence()}")
     attached = answer is None or answer.is_attached

@@ -120,6 +120,34 @@ def main_show(run: str, /, root: Path = ROOT, json: bool = False) -> None:
             print_run(store)
 
 
+def crew_of(meta: Mapping[str, object], latest: Mapping[str, float | None]) -> list[str]:
+    """Who shares the work of a run, a line each; nothing where one process does all of it.
+
+    >>> crew_of({"processes": {"count": 2, "sharding": "fsdp", "hosts": ["a", "b"]}}, {})
+    ['2 processes, weights in shares, on a, b']
+    """
+    lines: list[str] = []
+    processes, workers = meta.get("processes"), meta.get("workers")
+    if isinstance(processes, Mapping) and int(str(processes.get("count", 1))) > 1:
+        how = "weights in shares" if processes.get("sharding") == "fsdp" else "each with the whole model"
+        lines.append(f"{processes['count']} processes, {how}, on {_distinct(processes.get('hosts'))}")
+    for role in ("rollout", "scoring"):
+        crew = workers.get(role) if isinstance(workers, Mapping) else None
+        if isinstance(crew, Mapping) and isinstance(places := crew.get("workers"), list):
+            hosts = _distinct([place.get("host") for place in places if isinstance(place, Mapping)])
+            again = f", started anew {crew['restarts']} times" if crew.get("restarts") else ""
+            lines.append(f"{len(places)} {role} workers of Ray on {hosts}{again}")
+    version = latest.get("rollout/version")
+    if version is not None:
+        age = latest.get("rollout/staleness") or 0.0
+        lines.append(f"responses by weights of version {version:.0f}, {age:.0f} updates old")
+    return lines
+
+
+def _distinct(hosts: object) -> str:
+    return ", ".join(dict.fromkeys(map(str, hosts))) if isinstance(hosts, list) else "unknown hosts"
+
+
 # ── finding ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def run_folders(root: Path) -> list[Path]:
     """Run folders directly below `root`, and one level further down (the runs of a sweep)."""

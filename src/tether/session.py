@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -235,6 +236,7 @@ class Session:
         known = self.store.meta().get("digests")
         recorded |= known if isinstance(known, dict) else {}
         require_same_digests(recorded, identity.digests, elsewhere(self.store.path))
+        self.store.put("processes", _processes(self.settings))
         self.store.put("digests", dict(identity.digests))
         self.store.put("made_by", dict(identity.made_by))
         return identity
@@ -336,6 +338,12 @@ def store_of(settings: RunSettings, open_store: Callable[[], RunStore]) -> Itera
             aside = Path(stack.enter_context(TemporaryDirectory(prefix="tether-")))
             store = ranks.together(lambda: RunStore.create(aside, "aside", settings.dump()))
         yield stack.enter_context(store)
+
+
+def _processes(settings: RunSettings) -> dict[str, object]:
+    """Who shares the run, for the run folder."""
+    hosts = here().said(socket.gethostname())
+    return {"count": here().count, "sharding": settings.runtime.sharding, "hosts": hosts}
 
 
 def _require_one_start(identity: Identity) -> None:

@@ -15,7 +15,7 @@ from tether.errors import RunError
 from tether.metrics import CATALOGUE
 from tether.page.reading import UPDATE, Outcome, Reader
 from tether.records import Event, Heartbeat
-from tether.runs import knob
+from tether.runs import crew_of, knob
 from tether.steering import STEERABLE, is_gone, knob_facts, short_name, value_of, with_values
 from tether.store import RunStore
 from tether.verdict import Verdict, judge
@@ -113,7 +113,7 @@ def whole(reader: Reader, line: Facts, now: float) -> Facts:
         "heartbeat": heartbeat_facts(beat, str(line["state"]), now), "update_seconds": update_seconds(reader),
         "sigma": meta.get("sigma"), "created": meta.get("created"), "version": meta.get("version"),
         "source": source.rpartition("/")[2] if isinstance(source, str) else None,
-        "planted_fault": meta.get("planted"),
+        "planted_fault": meta.get("planted"), "crew": crew_of(meta, reader.latest()),
     }  # fmt: skip
 
 

@@ -74,6 +74,10 @@ class Ranks:
         """What the first process says; the others' own is not looked at."""
         return thing
 
+    def said(self, own: T) -> list[T]:
+        """What each process says, by rank."""
+        return [own]
+
     def spread(self, tensors: Sequence[Tensor]) -> None:
         """Put the first process's numbers into everybody's tensors."""
 
@@ -124,6 +128,12 @@ class Group(Ranks):
             dist.broadcast_object_list(said, src=0)
         return said[0]  # type: ignore[return-value]
 
+    def said(self, own: T) -> list[T]:
+        every: list[T | None] = [None] * self.count
+        with _complaints(self, "word of all"):
+            dist.all_gather_object(every, own)
+        return every  # type: ignore[return-value]
+
     def spread(self, tensors: Sequence[Tensor]) -> None:
         with _complaints(self, "the first process's tensors"):
             for tensor in tensors:
@@ -147,10 +157,8 @@ class Group(Ranks):
 
     def _raise_any(self, fault: TetherError | None) -> None:
         """Raise on all what one of them met."""
-        said: list[tuple[str, TetherError] | None] = [None] * self.count
         own = None if fault is None else (f"process {self.rank} of {self.count}, on {socket.gethostname()}", fault)
-        with _complaints(self, "whether all are well"):
-            dist.all_gather_object(said, own)
+        said = self.said(own)
         met = [one for one in said if one is not None]
         if met and said[0] is not None:
             raise met[0][1]  # the first process's, as a process alone would say it

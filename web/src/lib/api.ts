@@ -75,6 +75,7 @@ export interface RunHead {
   version: string | null
   source: string | null
   planted_fault: string | null
+  crew?: string[]
 }
 
 export interface Token {
