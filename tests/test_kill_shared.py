@@ -1,7 +1,7 @@
 """A run that two processes share, and kill -9 of its launcher or of one of the two at any moment: nothing of it stays
 behind, and resumed it is the run that nobody killed.
 
-`make kill` does it thirty times; the fast suite twice.
+`make kill` does it thirty times; the fast suite once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from resumable import left_behind
 from shared_runs import STEPS, environment, finish, tether, write_recipe
 from test_kill import updates_done
 from test_ranks import assert_same_course
+from tether import cli
 from tether.store import RunStore
 
 KILLS = 30
@@ -86,22 +87,28 @@ def await_updates(started: Started, run: Path, updates: int) -> bool:
     return False
 
 
-def test_a_shared_run_survives_a_kill_of_its_second_process_and_of_its_launcher(tmp_path: Path) -> None:
+def test_a_shared_run_whose_launcher_is_killed_stops_and_is_finished_by_one_process(tmp_path: Path) -> None:
     recipe, run = write_recipe(tmp_path), tmp_path / "runs" / "killed"
-    finish(["train", str(recipe), "--name", "alone", "--root", str(tmp_path / "runs")])
+    assert cli.run(["train", str(recipe), "--name", "alone", "--root", str(tmp_path / "runs")]) == 0
     words = ["train", str(recipe), "--name", run.name, "--root", str(run.parent), "--num-processes", "2"]
-    started = Started(tmp_path / "first", *words)
+    started = Started(tmp_path / "log", *words)
+    assert await_updates(started, run, 1), started.said()
+    await_gone(started, started.kill(victim=0))
+    with RunStore.open(run) as store:
+        assert (store.last_step() or 0) + 1 < STEPS, "they went on without their launcher"
+    assert cli.run(["resume", str(run), "--num-processes", "1"]) == 0
+    assert_same_course(tmp_path / "runs" / "alone", run)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others_with_its_number_and_signal(tmp_path: Path) -> None:
+    recipe, run = write_recipe(tmp_path, steps=LONG), tmp_path / "runs" / "killed"
+    words = ["train", str(recipe), "--name", run.name, "--root", str(run.parent), "--num-processes", "2"]
+    started = Started(tmp_path / "log", *words)
     assert await_updates(started, run, 1), started.said()
     await_gone(started, started.kill(victim=2))
     assert "process 1 of 2 was ended by signal 9" in started.said()
     assert "Traceback" not in started.said()
-    started = Started(tmp_path / "second", "resume", str(run))
-    assert await_updates(started, run, 0), started.said()
-    await_gone(started, started.kill(victim=0))
-    with RunStore.open(run) as store:
-        assert (store.last_step() or 0) + 1 < STEPS, "they went on without their launcher"
-    finish(["resume", str(run), "--num-processes", "1"])
-    assert_same_course(tmp_path / "runs" / "alone", run)
 
 
 def test_ctrl_c_at_the_launcher_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
