@@ -57,7 +57,10 @@ class Mode(Protocol):
         """Every weight that the reference is computed from."""
 
     def layers(self) -> list[nn.Module]:
-        """The decoder layers of policy and reference, each once: what processes may hold in shares."""
+        """The policy's decoder layers, which processes may hold in shares."""
+
+    def reference_layers(self) -> list[nn.Module]:
+        """Those of the reference that are not the policy's."""
 
     def save(self, folder: Path, merged: bool) -> None:
         """Write the policy's weights; `merged` folds adapters into them."""
@@ -90,7 +93,10 @@ class FullMode:
         return list(self._reference.parameters())
 
     def layers(self) -> list[nn.Module]:
-        return layers_of(self.model) + layers_of(self._reference)
+        return layers_of(self.model)
+
+    def reference_layers(self) -> list[nn.Module]:
+        return layers_of(self._reference)
 
     def save(self, folder: Path, merged: bool) -> None:  # noqa: ARG002
         self.model.save_pretrained(folder)
@@ -144,6 +150,9 @@ class LoraMode:
     def layers(self) -> list[nn.Module]:
         return layers_of(self.model)
 
+    def reference_layers(self) -> list[nn.Module]:
+        return []
+
     def save(self, folder: Path, merged: bool) -> None:
         (copy.deepcopy(self.adapters).merge_and_unload() if merged else self.adapters).save_pretrained(folder)
 
@@ -183,7 +192,10 @@ class TopMode:
         return originals + [parameter for parameter in self.model.parameters() if not parameter.requires_grad]
 
     def layers(self) -> list[nn.Module]:
-        return [*layers_of(self.model), *self._split.frozen_layers]
+        return layers_of(self.model)
+
+    def reference_layers(self) -> list[nn.Module]:
+        return self._split.frozen_layers
 
     def save(self, folder: Path, merged: bool) -> None:  # noqa: ARG002
         self.model.save_pretrained(folder)
@@ -210,7 +222,10 @@ class OtherReference:
         return list(self._reference.parameters())
 
     def layers(self) -> list[nn.Module]:
-        return self._mode.layers() + layers_of(self._reference)
+        return self._mode.layers()
+
+    def reference_layers(self) -> list[nn.Module]:
+        return layers_of(self._reference)
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from tether.batch import Closing, Evaluation, Generation, Prompts, ReferenceEvaluation, Sequences
 from tether.errors import RunError
@@ -34,6 +35,7 @@ class RankedPolicy(LanguagePolicy):
     def __init__(self, policy: LanguagePolicy, ranks: Ranks, sharded: bool = False) -> None:
         """`sharded`: the processes hold the layers' weights in shares."""
         self._pieces = shard(policy.mode.layers(), ranks) if sharded else []
+        self._reference_pieces = shard(policy.mode.reference_layers(), ranks) if sharded else []
         super().__init__(policy.mode, policy.value, policy.tokenizer)
         self.ranks = ranks
         self._shared: tuple[weakref.ref[Sequences], Sequences] | None = None
@@ -95,12 +97,20 @@ class RankedPolicy(LanguagePolicy):
     def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
         """As `LanguagePolicy`."""
         rows = len(sequences)
-        with gathered(self._pieces):
-            if not self._is_shared(rows):
-                return super().evaluate_reference(sequences, temperature)
-            said = super().evaluate_reference(self._share_of(sequences), temperature)
+        share = self._share_of(sequences) if self._is_shared(rows) else sequences
+        with gathered([*self._reference_pieces, *self._policy_pieces_for(share)]):
+            said = super().evaluate_reference(share, temperature)
+        if share is sequences:
+            return said
         wide = sequences.response_mask.shape[1]
         return ReferenceEvaluation(*(self._gathered(numbers, rows, wide) for numbers in (said.logprobs, said.full_kl)))
+
+    def _policy_pieces_for(self, sequences: Sequences) -> list[FSDPModule]:
+        """The policy's layers, where the reference's pass runs through them: its own states are not remembered, or the
+        two have layers in common.
+        """
+        alone = self._reference_pieces and (self.mode.trunk_end is None or sequences.states is not None)
+        return [] if alone and self._last.knows(sequences, self._trained) else self._pieces
 
     @torch.no_grad()
     def logits_of(self, sequences: Sequences) -> Float[Tensor, "tokens vocab"]:

@@ -63,12 +63,16 @@ class Remembered:
         self._sequences, self._hidden = weakref.ref(sequences), hidden
         self._versions = [weight._version for weight in weights]
 
+    def knows(self, sequences: Sequences, weights: Sequence[Tensor]) -> bool:
+        """Whether `recall` would give the states."""
+        known = self._sequences
+        same = known is not None and known() is sequences
+        return same and self._versions == [weight._version for weight in weights]
+
     def recall(self, sequences: Sequences, weights: Sequence[Tensor]) -> Tensor | None:
         """The states kept, once; None where they are of other sequences or other weights."""
-        known, hidden = self._sequences, self._hidden
+        hidden = self._hidden if self.knows(sequences, weights) else None
         self._sequences = self._hidden = None
-        if known is None or known() is not sequences or self._versions != [weight._version for weight in weights]:
-            return None
         return hidden
 
 

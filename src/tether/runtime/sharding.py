@@ -28,6 +28,8 @@ def shard(layers: Sequence[nn.Module], ranks: Ranks) -> list[FSDPModule]:
 
     Every process passes over its share of a minibatch with the whole minibatch's denominator: the sum is the gradient.
     """
+    if not layers:
+        return []
     first = next(layers[0].parameters())
     mesh = init_device_mesh(first.device.type, (ranks.count,))
     precise = MixedPrecisionPolicy(reduce_dtype=torch.float32)
