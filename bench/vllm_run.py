@@ -70,7 +70,8 @@ def run(folder: Path, seed: int, asked: argparse.Namespace, **runtime: object) -
 def main() -> None:
     asked = _arguments()
     torch.set_num_threads(1)
-    engine = {"runtime.writer": "vllm", "runtime.vllm.python": asked.python, "runtime.vllm.cache_gib": 0.25}
+    engine = {"runtime.writer": "vllm", "runtime.vllm.python": asked.python, "runtime.vllm.cache_gib": 0.25,
+              "runtime.vllm.start_seconds": 3600}  # fmt: skip
     kinds = {"own": {}, "vllm": engine, "vllm, staleness 1": engine | {"runtime.staleness": 1}}
     ends: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as scratch:

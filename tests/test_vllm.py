@@ -87,10 +87,11 @@ def assert_it_writes_as_the_policy(policy: LanguagePolicy, writer: VllmWriter, u
     assert float(gap.double().pow(2).mean().sqrt()) < FLOAT32_GAP
 
 
-@pytest.fixture(scope="module")
-def policy_and_writer() -> Iterator[tuple[LanguagePolicy, VllmWriter]]:
-    policy = policy_of("lora")
-    with vllm_writing(settings_of(python=PYTHON, cache_gib=0.5), policy) as writer:
+@pytest.fixture(scope="module", params=["full", "lora"])
+def policy_and_writer(request: pytest.FixtureRequest) -> Iterator[tuple[LanguagePolicy, VllmWriter]]:
+    """In `full` the embeddings train, which are the head too."""
+    policy = policy_of(request.param)
+    with vllm_writing(settings_of(python=PYTHON, cache_gib=0.5, start_seconds=1800), policy) as writer:
         assert isinstance(writer, VllmWriter)
         yield policy, writer
 
@@ -140,7 +141,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @inside
-@pytest.mark.parametrize("mode", ["top", "lora"])
+@pytest.mark.parametrize("mode", ["full", "top"])
 def test_inside_the_trainers_process_vllm_replies_as_the_policy(mode: str) -> None:
     policy = policy_of(mode)
     with vllm_writing(settings_of(place="process", cache_gib=0.5), policy) as writer:

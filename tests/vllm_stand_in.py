@@ -60,6 +60,8 @@ class StandIn:
         from safetensors.torch import load_file
 
         weights = load_file(folder / "model.safetensors")
+        if self.packed:
+            weights.pop("lm_head.weight", None)
         result = self.model.load_state_dict(weights, strict=False)
         assert not result.unexpected_keys
         self.version = version
@@ -70,6 +72,11 @@ class StandIn:
 
     def restart(self, model: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+        self.packed = bool(self.model.config.tie_word_embeddings)
+        """Whether the head is a copy of the embeddings that no reload reaches, as in vLLM's CPU build."""
+        if self.packed:
+            head = self.model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
         self.version, self.lost = "default", False
 
     def close(self) -> None:

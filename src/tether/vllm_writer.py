@@ -109,7 +109,7 @@ class VllmWriter:
 
     def begin(self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float) -> Writing:
         """Have one response a prompt written by the weights as they stand, or lag, and do not wait."""
-        if self._sent is None or False:
+        if self._sent is None or self.version - self._sent > self._lag:
             self.catch_up()
         rule = Rule(uniforms.shape[1], temperature, tuple(sorted(self._policy.stops)))
         return Writing(self, prompts, uniforms, rule, self._ask(prompts, uniforms, rule))
