@@ -12,6 +12,7 @@ from tether.advantages import estimate
 from tether.batch import Evaluation, Generation, Origin, Prompts, ReferenceEvaluation, Sequences
 from tether.config import AdvantageSettings, RewardSettings, SamplingSettings
 from tether.errors import InputError
+from tether.ladder import formulas
 from tether.numerics import clipped_policy_loss, truncated_weights
 from tether.rewards import tether
 from tether.rollouts import sample
@@ -61,6 +62,13 @@ def test_a_weight_is_the_ratio_up_to_the_cap_and_nothing_where_masked():
     sampler = torch.tensor([[0.1, 0.2, 0.3], [0.6, NOTHING, NOTHING]]).log()
     wanted = torch.tensor([[2.0, 0.5, 1.0], [1.5, 0.0, 0.0]])
     assert torch.allclose(truncated_weights(policy, sampler, MASK, 2.0), wanted, atol=1e-6)
+
+
+def test_weights_are_those_of_the_standard_library() -> None:
+    policy, sampler = [[-0.3, -2.0, -1.0], [-0.5, NOTHING, NOTHING]], [[-1.9, -1.0, -1.1], [-0.4, NOTHING, NOTHING]]
+    wanted = formulas.truncated_weights(policy, sampler, MASK.tolist(), cap=1.5)
+    given = truncated_weights(torch.tensor(policy), torch.tensor(sampler), MASK, cap=1.5)
+    assert torch.allclose(given, torch.tensor(wanted), atol=1e-6)
 
 
 def test_a_cap_of_nothing_is_refused():

@@ -41,6 +41,9 @@ MASKED: dict[str, Call] = {
     "clipped_policy_loss of a piece": lambda f, x, mask: f.clipped_policy_loss(
         x[0], x[1], x[2], mask, 0.4, denominator=17.0
     ),
+    "clipped_policy_loss of another sampler's tokens": lambda f, x, mask: f.clipped_policy_loss(
+        x[0], x[1], x[2], mask, weights=x[1]
+    ),
     "clipped_value_loss": lambda f, x, mask: f.clipped_value_loss(x[0], x[1], x[2], mask),
     "clipped_value_loss of a piece": lambda f, x, mask: f.clipped_value_loss(
         x[0], x[1], x[2], mask, 0.4, denominator=17.0

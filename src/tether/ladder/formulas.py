@@ -8,7 +8,7 @@ gradient. Slow and obvious on purpose.
     §3 how far it has drifted    kl_k1 · kl_k2 · kl_k3 · full_kl
     §4 score + string            tethered_rewards
     §5 surprise                  gae
-    §6 the proximal step         clipped_policy_loss
+    §6 the proximal step         clipped_policy_loss · truncated_weights
     §7 the baseline              clipped_value_loss · explained_variance
     §8 preferences               bradley_terry_loss
 
@@ -179,8 +179,11 @@ def clipped_policy_loss(
     clip_range: float = 0.2,
     *,
     denominator: float | None = None,
+    weights: Grid | None = None,
 ) -> Number:
-    """Token mean of max(−A·ratio, −A·clip(ratio, 1 − ε, 1 + ε)), ratio = π_θ/π_old: minus the lesson's L^CLIP.
+    """Token mean of w·max(−A·ratio, −A·clip(ratio, 1 − ε, 1 + ε)), ratio = π_θ/π_old: minus the lesson's L^CLIP.
+
+    w is 1 unless given: how much more probable a token is under π_old than under what drew it.
 
     >>> clipped_policy_loss([[0.5]], [[0.0]], [[1.0]], [[True]])
     -1.2
@@ -192,7 +195,19 @@ def clipped_policy_loss(
         return max(-advantage * ratio, -advantage * _clip(ratio, 1 - clip_range, 1 + clip_range))
 
     losses = _masked_map(token_loss, mask, logprobs, old_logprobs, advantages)
+    if weights is not None:
+        losses = _masked_map(lambda loss, weight: loss * weight, mask, losses, weights)
     return masked_mean(losses, mask, denominator=denominator)
+
+
+def truncated_weights(old_logprobs: Grid, sampler_logprobs: Grid, mask: Mask, cap: float = 2.0) -> list[list[Number]]:
+    """min(π_old/q, cap) of each token: turns a mean over what q drew into one over what π_old would have drawn.
+
+    >>> truncated_weights([[0.0, -1.0]], [[-1.0, -1.0]], [[True, True]])
+    [[2.0, 1.0]]
+    """
+    require(cap > 0, f"cap is {cap}; wanted a number above 0, as 2")
+    return _masked_map(lambda old, own: min(exp(old - own), cap), mask, old_logprobs, sampler_logprobs)
 
 
 # ── §7 the baseline ──────────────────────────────────────────────────────────────────────────────────────────────────
