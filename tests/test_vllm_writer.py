@@ -248,6 +248,27 @@ def test_an_engine_that_died_is_started_anew_and_asked_again(tmp_path: Path) -> 
         policy.generate(PROMPTS, draws(), 1.0)
 
 
+def test_an_engine_that_died_between_two_updates_is_started_anew_with_the_new_weights(tmp_path: Path) -> None:
+    policy = policy_of()
+    _, engine = writer_of(policy, tmp_path)
+    policy.generate(PROMPTS, draws(), 1.0)
+    stir(policy)
+    own, deaths = engine.load, [1]
+
+    def dies(folder: Path, version: str) -> None:
+        if deaths:
+            deaths.pop()
+            engine.lost = True
+            raise WorkerError("gone")
+        own(folder, version)
+
+    engine.load = dies
+    generation = policy.generate(PROMPTS, draws(1), 1.0).trimmed()
+    evaluated = policy.evaluate(policy.prepare(Sequences.join(PROMPTS, generation, 0)), 1.0)
+    assert_close(generation.sampler_logprobs, evaluated.logprobs.detach().double(), ROUND_OFF)
+    assert generation.origin == Origin("vllm", 0, 1)
+
+
 def test_an_engine_that_lives_is_not_asked_twice(tmp_path: Path) -> None:
     policy = policy_of()
     _, engine = writer_of(policy, tmp_path)

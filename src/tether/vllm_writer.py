@@ -126,13 +126,21 @@ class VllmWriter:
                 if not left or not self._engine.is_lost():
                     raise
                 left -= 1
-                self._engine.restart(self._lay_down(whole=True))
-                self._sent = None
+                self._start_anew()
                 self.catch_up()
                 answers = self._ask(writing.prompts, writing.uniforms, writing.rule)
 
     def catch_up(self) -> None:
-        """Give the engine the policy's weights as they stand, where it has others."""
+        """Give the engine the policy's weights as they stand, where it has others; a dead one is started anew."""
+        try:
+            self._send()
+        except WorkerError:
+            if not self._engine.is_lost():
+                raise
+            self._start_anew()
+            self._send()
+
+    def _send(self) -> None:
         version = self.version
         if version == self._sent:
             return
@@ -141,6 +149,10 @@ class VllmWriter:
         self._engine.load(folder, f"{self._run}-{version}")
         self._sent = version
         self._clear()  # a run that is killed shall not leave a model behind in shared memory
+
+    def _start_anew(self) -> None:
+        self._engine.restart(self._lay_down(whole=True))
+        self._sent = None
 
     def close(self) -> None:
         """End the engine, where it is the run's own, and remove what was laid down."""
