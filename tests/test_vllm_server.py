@@ -15,6 +15,7 @@ import pytest
 from tether.config import RunSettings
 from tether.errors import ConfigError, MissingExtraError, WorkerError
 from tether.knobs import read_settings
+from tether.runtime import vllm_server
 from tether.runtime.vllm_engine import Answer, Question, Rule
 from tether.runtime.vllm_process import VllmProcess
 from tether.runtime.vllm_server import Child, Launch, VllmServer
@@ -179,6 +180,43 @@ time.sleep(60)
     child.close()
     assert all(is_gone(pid) for pid in pids)
     assert not folder.exists()
+
+
+def test_a_server_that_has_lost_its_engine_and_waits_for_ever_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_server, "HEALTH_SECONDS", 0.05)
+    code = """
+import json, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import socket, socketserver
+
+class Handler(BaseHTTPRequestHandler):
+    lost = False
+    def address_string(self):
+        return "here"
+    def do_GET(self):
+        config = {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
+        told = {"/version": {"version": "0"}, "/server_info?config_format=json": config}.get(self.path, {})
+        self.send_response(503 if Handler.lost and self.path == "/health" else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(told).encode())
+    def do_POST(self):
+        Handler.lost = True
+        time.sleep(60)
+
+class Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+
+Server(sys.argv[sys.argv.index("--uds") + 1], Handler).serve_forever()
+"""
+    server = VllmServer.start(package(tmp_path, code), tmp_path, 60.0)
+    started = time.monotonic()
+    with pytest.raises(WorkerError):
+        server.load(tmp_path, "run-1")
+    assert time.monotonic() - started < 30
+    assert server.is_lost()
+    server.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a death signal is Linux's")

@@ -25,8 +25,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from typing import Any
 
 from tether.errors import ConfigError, MissingExtraError, WorkerError
 from tether.runtime.vllm_engine import LOGPROBS, PROVED, Answer, Question, Rule
-from tether.runtime.vllm_wire import UNIX, Wire, WireError
+from tether.runtime.vllm_wire import UNIX, SilentError, Wire, WireError
 
 AT_ONCE = 256
 """Questions in flight; the server batches what has arrived."""
@@ -43,6 +44,8 @@ QUICK_SECONDS = 30.0
 """For what needs no model."""
 ASKED_TO_END_SECONDS = 10.0
 ENDS_WITHIN_SECONDS = 20.0
+HEALTH_SECONDS = 2.0
+"""Between two looks at a server of the run's own."""
 INSTALL = "pip install 'tether[vllm]', or name the interpreter of an environment that has it: runtime.vllm.python"
 DEVELOPMENT = (
     "start it with VLLM_SERVER_DEV_MODE=1 and `vllm serve MODEL --enable-scale-out --logprobs-mode " + LOGPROBS
@@ -112,6 +115,7 @@ class VllmServer:
         try:
             self._wait_until_ready(self._child, self._launch.start_seconds)
             self.require_fit(1.0)
+            self._child.end_when(self._has_lost_its_engine)
         except BaseException:
             self.close()
             raise
@@ -157,6 +161,16 @@ class VllmServer:
                 )
             time.sleep(LOOK_EVERY_SECONDS)
 
+    def _has_lost_its_engine(self) -> bool:
+        """Whether the server says so, or has stopped to listen; one that is slow has not."""
+        try:
+            self._wire.ask("GET", "/health", seconds=QUICK_SECONDS)
+        except SilentError:
+            return False
+        except WireError:
+            return True
+        return False
+
     def _is_ready(self) -> bool:
         try:
             self._wire.ask("GET", "/health", seconds=QUICK_SECONDS)
@@ -200,6 +214,8 @@ class Child:
     """A server's process, its private folder and its log."""
 
     def __init__(self, launch: Launch, model: Path) -> None:
+        self._over = threading.Event()
+        self._watch: threading.Thread | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="tether-vllm-")
         self.socket = Path(self._folder.name) / "vllm.sock"
         self.log = Path(self._folder.name) / "log.txt"
@@ -208,6 +224,21 @@ class Child:
                 launch.command(model, self.socket), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 env=_environment(), start_new_session=True, preexec_fn=_end_with_parent,
             )  # fmt: skip
+
+    def end_when(self, is_lost: Callable[[], bool]) -> None:
+        """Look now and then, and end the whole group once it is lost.
+
+        A vLLM whose engine has died waits for its connections to close before it ends, and those wait for the engine.
+        """
+
+        def watch() -> None:
+            while not self._over.wait(HEALTH_SECONDS):
+                if is_lost():
+                    self._signal(signal.SIGKILL)
+                    return
+
+        self._watch = threading.Thread(target=watch, name="vllm-health", daemon=True)
+        self._watch.start()
 
     def require_alive(self) -> None:
         """Raise WorkerError, with its last words, where the process has ended."""
@@ -230,6 +261,9 @@ class Child:
 
     def close(self) -> None:
         """Ask it to end, and its whole group with it; end what is left after a while."""
+        self._over.set()
+        if self._watch is not None:
+            self._watch.join()
         for word, seconds in ((signal.SIGTERM, ASKED_TO_END_SECONDS), (signal.SIGKILL, None)):
             if self._signal(word):
                 try:

@@ -34,6 +34,10 @@ class WireError(Exception):
         self.status = status
 
 
+class SilentError(WireError):
+    """A server that is there, or may be, and did not answer in time."""
+
+
 class _UnixConnection(HTTPConnection):
     """HTTP over a socket file, which only those who may enter its folder can speak to."""
 
@@ -65,7 +69,7 @@ class Wire:
             reply = connection.getresponse()
             text = reply.read()
         except TimeoutError as fault:
-            raise WireError(f"{self.address}{path} gave no answer within {seconds:g} s") from fault
+            raise SilentError(f"{self.address}{path} gave no answer within {seconds:g} s") from fault
         except (OSError, HTTPException) as fault:
             raise WireError(f"{self.address} cannot be reached: {fault or type(fault).__name__}") from fault
         finally:
