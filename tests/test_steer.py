@@ -20,8 +20,9 @@ from tether.helm import Rudder
 from tether.replay import verify_run
 from tether.resuming import resume_run
 from tether.session import Judges, Task, train_run
-from tether.steering import STEERABLE, Reach, check_wish, judged, parse_wishes, schedule_of, submit, with_values
+from tether.steering import parse_wishes, schedule_of, submit
 from tether.store import RunStore
+from tether.wishes import STEERABLE, Reach, check_wish, judged, with_values
 
 pytestmark = pytest.mark.timeout(60)
 QUIET = Console(file=sys.stderr, quiet=True)
@@ -303,7 +304,7 @@ def test_a_rising_knob_takes_its_factor_an_update_and_a_falling_one_falls() -> N
 
 
 def test_every_steerable_knob_can_be_set_to_what_it_is() -> None:
-    from tether.steering import value_of
+    from tether.wishes import value_of
 
     settings = settings_of()
     for path in STEERABLE:

@@ -6,7 +6,7 @@
 
 A run that goes on from a checkpoint turns the same knobs before the same updates again: what was applied after the
 checkpoint is kept (`ahead`) before its rows are dropped. Nothing here draws a random number, so looking and pausing
-change no bit. Read next: `steering.py` (what may be steered), `replay.py` (the same course once more).
+change no bit. Read next: `wishes.py` (what may be steered), `replay.py` (the same course once more).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tether.errors import RunError, StopError, TetherError
 from tether.records import Applied, Update, Verdict
 from tether.rewards import controller
 from tether.runtime.ranks import ALONE, Ranks
-from tether.steering import STEERABLE, check_wish, conflict, judged, updates_of, value_of, with_values
 from tether.store import RunStore
 from tether.trainer import Run
+from tether.wishes import STEERABLE, check_wish, conflict, judged, updates_of, value_of, with_values
 
 BETA = "ppo.reward.beta"
 AHEAD = "ahead"

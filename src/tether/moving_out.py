@@ -13,7 +13,7 @@ from typing import Literal
 from tether.aliases import TRANSLATED
 from tether.config import RunSettings
 from tether.recipe_files import load_recipe
-from tether.steering import value_of
+from tether.wishes import value_of
 
 Target = Literal["openrlhf", "verl"]
 LIBRARY: Mapping[Target, str] = {"openrlhf": "OpenRLHF", "verl": "verl"}

@@ -16,9 +16,10 @@ from tether.metrics import CATALOGUE
 from tether.page.reading import UPDATE, Outcome, Reader
 from tether.records import Event, Heartbeat
 from tether.runs import crew_of, knob
-from tether.steering import STEERABLE, is_gone, knob_facts, short_name, value_of, with_values
+from tether.steering import is_gone
 from tether.store import RunStore
 from tether.verdict import Verdict, judge
+from tether.wishes import STEERABLE, knob_facts, short_name, value_of, with_values
 
 STALE_SECONDS = 12.0
 """A run that trains gives a sign of life more often than this, or than three of its updates take."""
