@@ -2,7 +2,8 @@
 
     replicate   every process holds the model: `tether train --num-processes N`
     fsdp        weights, gradients and moments in pieces: `--runtime.sharding fsdp`; own sampler on gathered weights
-    vllm        some GPUs write with vLLM, the others learn in pieces: `--runtime.writer vllm`
+    ray         some GPUs write with the own sampler, the others learn as in replicate: `--runtime.writer ray`
+    vllm        the same with vLLM on those that write: `--runtime.writer vllm`
     overlap     the same, the next responses written while this update trains: `--runtime.overlap true`
     peers       what OpenRLHF and verl do: all GPUs write with vLLM, then all learn with tensor and sequence parallelism
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from scale_model import (
     ADAM_BYTES,
@@ -27,6 +29,7 @@ from scale_model import (
     Writer,
     activation_bytes,
     cache_bytes,
+    changed,
     gather_seconds,
     generate_seconds,
     measuring_operations,
@@ -36,6 +39,8 @@ from scale_model import (
     trained,
     training_operations,
 )
+
+Layout = Literal["ray", "vllm", "overlap"]
 
 USABLE = 0.92
 """Of a device's memory; the rest is the allocator's and the driver's."""
@@ -69,8 +74,9 @@ def compare(model: Model, work: Work, device: Device, gpus: int) -> dict[str, Es
     return {
         "replicate": replicate(model, work, device, gpus),
         "fsdp": fsdp(model, work, device, gpus),
-        "vllm": apart(model, work, device, gpus, overlap=False),
-        "overlap": apart(model, work, device, gpus, overlap=True),
+        "ray": apart(model, work, device, gpus, "ray"),
+        "vllm": apart(model, work, device, gpus, "vllm"),
+        "overlap": apart(model, work, device, gpus, "overlap"),
         "peers": peers(model, work, device, gpus),
     }
 
@@ -85,6 +91,16 @@ def frozen_bytes(model: Model, work: Work) -> float:
 def training_bytes(model: Model, work: Work) -> float:
     """The policy with float32 gradients, masters and moments of what is trained."""
     return HALF * model.parameters + (ADAM_BYTES + FLOAT) * trained(model, work)
+
+
+def held_bytes(model: Model, work: Work) -> float:
+    """What a GPU holds with all roles whole."""
+    return training_bytes(model, work) + frozen_bytes(model, work) + trunk_bytes(model, work)
+
+
+def kept_whole(model: Model, work: Work) -> float:
+    """Trained weights that every process holds whole where the layers are in pieces: embeddings and head."""
+    return model.parameters - model.body if work.mode == "full" else 0.0
 
 
 def pieces_bytes(model: Model, work: Work, gpus: int) -> float:
@@ -116,22 +132,16 @@ def trunk_bytes(model: Model, work: Work) -> float:
 
 # ── layouts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def replicate(model: Model, work: Work, device: Device, gpus: int) -> Estimate:
-    """All roles on each GPU; gradients are summed after the backward pass, once a step."""
+    """All roles on each GPU."""
     if refused := too_many(work, gpus):
         return Estimate(refused=refused)
-    held = training_bytes(model, work) + frozen_bytes(model, work) + trunk_bytes(model, work)
+    held = held_bytes(model, work)
     memory = held + max(activation_bytes(model, work), LEAST_ROWS * cache_bytes(model, work.length))
     if memory > USABLE * device.memory:
         return Estimate(memory=memory, refused=full_of(memory))
-    rows, moved = math.ceil(work.rows / gpus), trained(model, work)
-    rooms = passes(model, work, device, rows) | {
-        "generate": generate_seconds(model, work, device, rows, USABLE * device.memory - held),
-        "optimiser": work.steps * moved * STEP_BYTES / device.memory_rate,
-        "sums": work.steps * sum_seconds(device, gpus, FLOAT * moved),
-        "rollouts": exchange(model, work, device, gpus),
-        "checkpoint": moved * STATE_BYTES / device.disk / work.checkpoint_every,
-    }
-    return Estimate(rooms, memory)
+    rows = math.ceil(work.rows / gpus)
+    writing = generate_seconds(model, work, device, rows, USABLE * device.memory - held)
+    return Estimate(learning_in_copies(model, work, device, gpus) | {"generate": writing}, memory)
 
 
 def fsdp(model: Model, work: Work, device: Device, gpus: int) -> Estimate:
@@ -148,47 +158,52 @@ def fsdp(model: Model, work: Work, device: Device, gpus: int) -> Estimate:
     if memory > USABLE * device.memory:
         return Estimate(memory=memory, refused=full_of(memory))
     rows = math.ceil(work.rows / gpus)
-    rooms = learning(model, work, device, gpus, rows) | {
+    rooms = learning(model, work, device, gpus, rows, kept_whole(model, work)) | {
         "generate": generate_seconds(model, work, device, rows, USABLE * device.memory - writing)
-        + gather_seconds(device, gpus, HALF * model.parameters)
+        + gather_seconds(device, gpus, HALF * model.body, model.layers)
     }
     return Estimate(rooms, memory)
 
 
-def apart(model: Model, work: Work, device: Device, gpus: int, overlap: bool) -> Estimate:
-    """Some GPUs write with vLLM, the rest learn in pieces; the best division."""
+def apart(model: Model, work: Work, device: Device, gpus: int, layout: Layout) -> Estimate:
+    """Some GPUs write, with vLLM or the own sampler, the rest learn, each with all roles; the best division."""
     parallel = engine_size(model, work, device)
+    if layout == "ray":
+        parallel = 1 if parallel == 1 else None  # the own sampler wants the whole model on a GPU
     if parallel is None or gpus < parallel + 1:
-        return Estimate(refused=f"wants {(parallel or device.per_node) + 1} GPUs at least")
+        return Estimate(refused=f"wants {parallel + 1} GPUs at least" if parallel else "no writer holds the model")
     counts = {max(parallel, int(share * gpus) // parallel * parallel) for share in WRITER_SHARES}
-    tried = [_divided(model, work, device, gpus, count, parallel, overlap) for count in counts if count < gpus]
+    tried = [_divided(model, work, device, gpus, count, parallel, layout) for count in counts if count < gpus]
     return min(tried, key=lambda one: (one.total, one.memory))
 
 
 def _divided(
-    model: Model, work: Work, device: Device, gpus: int, writers: int, parallel: int, overlap: bool
+    model: Model, work: Work, device: Device, gpus: int, writers: int, parallel: int, layout: Layout
 ) -> Estimate:
     learners = gpus - writers
     if refused := too_many(work, learners):
         return Estimate(refused=refused)
-    held = pieces_bytes(model, work, learners) + trunk_bytes(model, work)
-    passing = max(activation_bytes(model, work), gathered_bytes(model, work))
-    memory = max(opening_bytes(model, work), held + passing)
+    memory = held_bytes(model, work) + activation_bytes(model, work)
     if memory > USABLE * device.memory:
         return Estimate(memory=memory, refused=full_of(memory))
     room = USABLE * device.memory - HALF * model.parameters / parallel
+    writer = Writer(parallel, graphs=layout != "ray")
     rows = math.ceil(work.rows / (writers // parallel))
-    sent = HALF * model.parameters / min(device.far, device.near)
-    writing = {
-        "generate": generate_seconds(model, work, device, rows, room, Writer(parallel, graphs=True)),
-        "weights": sent + gather_seconds(device, learners, HALF * model.parameters),
-    }
-    rest = learning(model, work, device, learners, math.ceil(work.rows / learners))
-    if overlap and sum(writing.values()) < sum(rest.values()):
+    writing = {"generate": generate_seconds(model, work, device, rows, room, writer)}
+    rest = learning_in_copies(model, work, device, learners)
+    if layout == "overlap" and sum(writing.values()) < sum(rest.values()):
         writing = {}
-    elif overlap:
+    elif layout == "overlap":
         rest = {}
-    return Estimate(rest | writing, memory, writers=writers)
+    sent = {"weights": sending_seconds(model, work, device, layout)}  # the learner waits for it
+    return Estimate(rest | writing | sent, memory, writers=writers)
+
+
+def sending_seconds(model: Model, work: Work, device: Device, layout: Layout) -> float:
+    """The weights that moved, given away and taken: into the object store and out of it again, or as files."""
+    if layout == "ray":
+        return 2.0 * HALF * trained(model, work) / device.objects
+    return 2.0 * HALF * changed(model, work) / device.files
 
 
 def peers(model: Model, work: Work, device: Device, gpus: int) -> Estimate:
@@ -201,6 +216,8 @@ def peers(model: Model, work: Work, device: Device, gpus: int) -> Estimate:
     memory = pieces + activation_bytes(model, work) / min(gpus, device.per_node)
     if parallel is None or parallel > gpus or memory > USABLE * device.memory:
         return Estimate(memory=memory, refused=full_of(memory))
+    caches = LEAST_ROWS * cache_bytes(model, work.length)
+    memory = max(memory, pieces + (HALF * model.parameters + caches) / parallel)
     room = USABLE * device.memory - HALF * model.parameters / parallel - pieces
     rows = math.ceil(work.rows / (gpus // parallel))
     writing = generate_seconds(model, work, device, rows, room, Writer(parallel, graphs=True))
@@ -210,7 +227,7 @@ def peers(model: Model, work: Work, device: Device, gpus: int) -> Estimate:
     split = min(
         (tensor_parallel_seconds(model, work, device, gpus, stages) for stages in (1, 2, 4, 8)), default=math.inf
     )
-    rooms |= {"generate": writing, "weights": gather_seconds(device, gpus, HALF * model.parameters)}
+    rooms |= {"generate": writing, "weights": gather_seconds(device, gpus, HALF * model.parameters, model.layers)}
     machines = math.ceil(gpus / device.per_node)
     return Estimate(rooms | {"sums": min(rooms["sums"], split), "checkpoint": rooms["checkpoint"] / machines}, memory)
 
@@ -240,22 +257,36 @@ def passes(model: Model, work: Work, device: Device, rows: float) -> dict[str, f
     }
 
 
-def learning(model: Model, work: Work, device: Device, gpus: int, rows: float) -> dict[str, float]:
-    """All rooms but the writing, with weights in pieces. Traffic runs beside the arithmetic; `sums` is what is longer.
-
-    Each pass gathers the layers, a training pass twice, and cuts the summed gradients into pieces.
-    """
-    found, moved = passes(model, work, device, rows), trained(model, work)
-    share = work.top_share if work.mode == "top" else 1.0
-    per_step = math.ceil(math.ceil(rows / work.minibatches) * work.length / work.tokens_per_pass)
-    gather = gather_seconds(device, gpus, HALF * share * model.body)
-    traffic = work.steps * per_step * (2.0 * gather + gather_seconds(device, gpus, FLOAT * moved))
-    measuring = max(0.0, 2.0 * gather - found["measure"])
-    return found | {
-        "optimiser": work.steps * moved / gpus * STEP_BYTES / device.memory_rate,
-        "sums": max(0.0, traffic - found["update"]) + measuring,
+def learning_in_copies(model: Model, work: Work, device: Device, gpus: int) -> dict[str, float]:
+    """All rooms but the writing, the whole model on each GPU; gradients are summed after the passes of a step."""
+    moved = trained(model, work)
+    return passes(model, work, device, math.ceil(work.rows / gpus)) | {
+        "optimiser": work.steps * moved * STEP_BYTES / device.memory_rate,
+        "sums": work.steps * sum_seconds(device, gpus, FLOAT * moved),
         "rollouts": exchange(model, work, device, gpus),
         "checkpoint": moved * STATE_BYTES / device.disk / work.checkpoint_every,
+    }
+
+
+def learning(model: Model, work: Work, device: Device, gpus: int, rows: float, whole: float = 0.0) -> dict[str, float]:
+    """All rooms but the writing, with weights in pieces. Traffic runs beside the arithmetic; `sums` is what is longer.
+
+    Each pass gathers the layers, a training pass twice, and cuts the summed gradients into pieces. So many trained
+    weights as are `whole` are stepped by every GPU, and their gradients summed after each step's last backward pass.
+    """
+    found, cut = passes(model, work, device, rows), trained(model, work) - whole
+    share = work.top_share if work.mode == "top" else 1.0
+    per_step = math.ceil(math.ceil(rows / work.minibatches) * work.length / work.tokens_per_pass)
+    gather = gather_seconds(device, gpus, HALF * share * model.body, share * model.layers)
+    scatter = gather_seconds(device, gpus, FLOAT * cut, share * model.layers)
+    traffic = work.steps * per_step * (2.0 * gather + scatter)
+    after = work.steps * sum_seconds(device, gpus, FLOAT * whole) if whole else 0.0
+    measuring = max(0.0, 2.0 * gather - found["measure"])
+    return found | {
+        "optimiser": work.steps * (whole + cut / gpus) * STEP_BYTES / device.memory_rate,
+        "sums": max(0.0, traffic - found["update"]) + measuring + after,
+        "rollouts": exchange(model, work, device, gpus),
+        "checkpoint": trained(model, work) * STATE_BYTES / device.disk / work.checkpoint_every,
     }
 
 

@@ -117,17 +117,20 @@ class Device:
     """Bytes a second that a machine writes."""
     objects: float
     """Bytes a second through Ray's object store."""
+    files: float
+    """Bytes a second that weights are laid down at as safetensors, or read from there: in shared memory, or in a folder
+    that several machines see."""
 
 
 H100 = Device(
     name="H100 SXM",
     train_flops=0.40 * 989e12, forward_flops=0.50 * 989e12, memory_rate=0.60 * 3.35e12, memory=80e9,
     near=0.80 * 450e9, far=0.80 * 50e9, per_node=8, latency=20e-6, dispatch=200e-6, engine_dispatch=10e-6,
-    disk=2e9, objects=2e9,
+    disk=2e9, objects=2e9, files=2e9,
 )  # fmt: skip
 """NVIDIA's data sheet times shares that are reached in practice: 40 % of the dense products in training, 50 % forward,
 60 % of the memory bandwidth in decoding, 80 % of NVLink's 450 GB/s a direction and of InfiniBand's 400 Gb/s. Shares,
-dispatch, disk and object rate are assumptions."""
+latency, dispatch, and the rates of disk, objects and files are assumptions."""
 
 MODELS = {
     "1B": Model("1B", 1.24e9, 16, 2048, 1024, 128256, tied=True),
@@ -170,6 +173,13 @@ def scoring_operations(model: Model, work: Work, rows: float) -> float:
     return work.reward_share * forward_operations(model, rows, work.length, 0)
 
 
+def changed(model: Model, work: Work) -> float:
+    """Weights that another engine must be sent: adapters are folded into the layers that they adapt."""
+    if work.mode == "lora":
+        return model.body
+    return trained(model, work)
+
+
 def trained(model: Model, work: Work) -> float:
     """Weights that the optimiser moves."""
     if work.mode == "lora":
@@ -200,11 +210,14 @@ def link(device: Device, devices: int) -> float:
     return device.near if devices <= device.per_node else min(device.near, device.far * device.per_node)
 
 
-def gather_seconds(device: Device, devices: int, size: float) -> float:
-    """Pieces of `size` bytes put together on every device, or sums of it cut into pieces: (n − 1)/n of it each."""
+def gather_seconds(device: Device, devices: int, size: float, calls: float = 1.0) -> float:
+    """Pieces of `size` bytes put together on every device, or sums of it cut into pieces: (n − 1)/n of it each. It goes
+    in so many calls, one a layer, and each waits for log₂ n hops.
+    """
     if devices <= 1:
         return 0.0
-    return (devices - 1) / devices * size / link(device, devices) + device.latency * math.ceil(math.log2(devices))
+    hops = calls * math.ceil(math.log2(devices))
+    return (devices - 1) / devices * size / link(device, devices) + device.latency * hops
 
 
 def sum_seconds(device: Device, devices: int, size: float) -> float:

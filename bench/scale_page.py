@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "runtimes" / "scale.md"
 PLOT = ROOT / "docs" / "images" / "scale.png"
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 ROOMS_AT = {"1B": 8, "8B": 64, "70B": 256}
-OURS = ("replicate", "fsdp", "vllm", "overlap")
+OURS = ("replicate", "fsdp", "ray", "vllm", "overlap")
 Found = Mapping[str, Mapping[int, Mapping[str, Estimate]]]
 
 
@@ -59,8 +59,19 @@ def rooms(by: Mapping[str, Estimate]) -> str:
     lines = [[room, *(_room(name, one, room) for name, one in able.items())]
              for room in ROOMS if any(room in one.rooms for one in able.values())]  # fmt: skip
     lines.append(["**the whole**", *(f"**{one.total:.1f}**" for one in able.values())])
+    work = Work()
+    lines.append(
+        ["response tokens a second", *(f"{work.rows * work.response / one.total:,.0f}" for one in able.values())]
+    )
+    lines.append(["tokens a second in the epochs", *(f"{_trained_tokens(work, one):,.0f}" for one in able.values())])
     lines.append(["GB on the fullest GPU", *(f"{one.memory / 1e9:.0f}" for one in able.values())])
     return table(["room", *able], lines)
+
+
+def _trained_tokens(work: Work, estimate: Estimate) -> float:
+    """Tokens of all epochs over the seconds that they take with their steps; those of the whole where they hide."""
+    seconds = sum(estimate.rooms.get(room, 0.0) for room in ("update", "optimiser", "sums"))
+    return work.epochs * work.rows * work.length / (seconds or estimate.total)
 
 
 def _room(layout: str, estimate: Estimate, room: str) -> str:
@@ -106,6 +117,17 @@ def modes() -> str:
     return table(["mode", *by], lines)
 
 
+def long() -> str:
+    """The 1 B model in `full` and the 8 B in `lora`, with responses of 8,192 tokens."""
+    lines = []
+    for name, mode in (("1B", "full"), ("8B", "lora")):
+        for gpus in (8, 32, 128):
+            by = compare(MODELS[name], Work(response=8192, mode=mode), H100, gpus)
+            best = min(OURS, key=lambda layout: by[layout].total)
+            lines.append([f"{name}, {mode}, {gpus}", *(_cell(one, layout == best) for layout, one in by.items())])
+    return table(["model, mode, GPUs", *by], lines)
+
+
 def checked() -> str:
     """Predicted and measured on this machine."""
     from scale_rates import CHECKED
@@ -127,7 +149,8 @@ def rates() -> str:
     named = {"train_flops": ("products in training, TFLOP/s", 1e12), "forward_flops": ("forward, TFLOP/s", 1e12),
              "memory_rate": ("memory in decoding, GB/s", 1e9), "near": ("to a neighbour, GB/s", 1e9),
              "far": ("to another machine, GB/s", 1e9), "dispatch": ("own sampler a layer and token, µs", 1e-6),
-             "disk": ("disk, GB/s", 1e9), "objects": ("Ray's objects, GB/s", 1e9)}  # fmt: skip
+             "disk": ("disk, GB/s", 1e9), "objects": ("Ray's objects, GB/s", 1e9),
+             "files": ("weights as files, GB/s", 1e9)}  # fmt: skip
     lines = [
         [
             label,
@@ -144,8 +167,8 @@ def write() -> None:
     found = estimates()
     blocks = {"totals " + name: totals(rows) for name, rows in found.items()}
     blocks |= {f"rooms {name}": rooms(found[name][gpus]) for name, gpus in ROOMS_AT.items()}
-    blocks |= {"saturation": saturation(found), "traffic": traffic(), "modes": modes(), "check": checked(),
-               "rates": rates()}  # fmt: skip
+    blocks |= {"saturation": saturation(found), "traffic": traffic(), "modes": modes(), "long": long()}
+    blocks |= {"check": checked(), "rates": rates()}
     PAGE.write_text(filled(PAGE.read_text("utf-8"), blocks), "utf-8")
     draw(found, PLOT)
 
@@ -167,7 +190,7 @@ def draw(found: Found, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {"replicate": "C0o-", "fsdp": "C1s-", "vllm": "C2^-", "overlap": "C3v-", "peers": "k--"}
+    styles = {"replicate": "C0o-", "fsdp": "C1s-", "ray": "C4d-", "vllm": "C2^-", "overlap": "C3v-", "peers": "k--"}
     figure, panels = plt.subplots(1, len(found), figsize=(12, 4), sharey=True, layout="constrained")
     for panel, (name, rows) in zip(panels, found.items(), strict=True):
         for layout, style in styles.items():

@@ -55,16 +55,17 @@ def measured_device() -> Device:
         name="this CPU, one thread", train_flops=train, forward_flops=forward, memory_rate=read_rate(),
         memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), near=sum_rate(), far=0.0, per_node=2,
         latency=300e-6, dispatch=dispatch_seconds(), engine_dispatch=0.0, disk=write_rate(), objects=object_rate(),
+        files=file_rate(),
     )  # fmt: skip
 
 
-def _best(call: Callable[[], object], tries: int = TRIES) -> float:
+def _best(call: Callable[[], object], tries: int = TRIES, clock: Callable[[], float] = time.perf_counter) -> float:
     call()
     seconds = []
     for _ in range(tries):
-        started = time.perf_counter()
+        started = clock()
         call()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return min(seconds)
 
 
@@ -130,6 +131,22 @@ def write_rate() -> float:
             os.fsync(file.fileno())
 
         return len(block) / _best(write, 3)
+
+
+def file_rate() -> float:
+    """Bytes a second of safetensors laid down in shared memory, or read from there; the slower of the two.
+
+    Of the processor's seconds: it is all copies, and others may be at work.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    block = {"weight": torch.ones(SUM_BYTES // FLOAT)}
+    shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        path = Path(folder) / "weights.safetensors"
+        laid = _best(lambda: save_file(block, path), clock=time.process_time)
+        return SUM_BYTES / max(laid, _best(lambda: load_file(path)["weight"].clone(), clock=time.process_time))
 
 
 def sum_rate() -> float:

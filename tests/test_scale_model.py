@@ -14,7 +14,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import scale_page
-from scale_layouts import compare, opening_bytes, peers, pieces_bytes, replicate, training_bytes
+from scale_layouts import (
+    apart,
+    compare,
+    kept_whole,
+    learning,
+    opening_bytes,
+    peers,
+    pieces_bytes,
+    replicate,
+    training_bytes,
+)
 from scale_model import (
     H100,
     MODELS,
@@ -43,6 +53,7 @@ WORK = Work(rows=8, prompt=3, response=2, epochs=4, minibatches=2, recompute=Fal
 DEVICE = Device(
     name="", train_flops=100.0, forward_flops=200.0, memory_rate=50.0, memory=1e6, near=10.0, far=0.5, per_node=4,
     latency=0.25, dispatch=0.5, engine_dispatch=0.125, disk=7.0, objects=1.0,
+    files=4.0,
 )  # fmt: skip
 
 
@@ -94,6 +105,7 @@ def test_a_sum_passes_everything_on_twice_but_for_ones_own() -> None:
     assert sum_seconds(DEVICE, 4, 80.0) == exactly(13.0)
     assert sum_seconds(DEVICE, 1, 80.0) == 0.0
     assert gather_seconds(DEVICE, 2, 80.0) == exactly(4.25)
+    assert gather_seconds(DEVICE, 4, 80.0, calls=3) == exactly(7.5)
 
 
 def test_between_machines_all_links_of_a_machine_carry_one_ring() -> None:
@@ -133,6 +145,34 @@ def test_replicas_divide_rows_and_sum_gradients_once_a_step() -> None:
     assert one["checkpoint"] == exactly(14 * 120 / 7)
 
 
+def test_embeddings_and_head_are_stepped_by_every_gpu_and_their_gradients_summed_after_the_pass() -> None:
+    """40 of 120 weights: on two GPUs 40 + 80/2 each step, and all-reduces of 4·40 bytes, 8 steps."""
+    slow = replace(DEVICE, train_flops=1e-3, forward_flops=1e-3)  # all other traffic runs beside the arithmetic
+    rooms = learning(TINY, WORK, slow, 2, 4.0, kept_whole(TINY, WORK))
+    assert rooms["optimiser"] == exactly(8 * (40 + 40) * 28 / 50)
+    assert rooms["sums"] == exactly(8 * 2 * (0.5 * 160 / 10 + 0.25))
+    cut = learning(TINY, WORK, slow, 2, 4.0)
+    assert (cut["optimiser"], cut["sums"]) == (exactly(8 * 60 * 28 / 50), 0.0)
+    assert kept_whole(TINY, replace(WORK, mode="top")) == 0.0
+
+
+def test_writers_get_their_weights_as_files_or_objects_and_the_learner_waits() -> None:
+    """2·120 bytes given and taken at 4 or 1 a second; adapters are folded into the 80 weights of the layers."""
+    lora, big = replace(WORK, mode="lora"), replace(DEVICE, memory=1e9)
+    for layout in ("vllm", "overlap"):
+        assert apart(TINY, WORK, big, 4, layout).rooms["weights"] == exactly(2 * 240 / 4)
+        assert apart(TINY, lora, big, 4, layout).rooms["weights"] == exactly(2 * 160 / 4)
+    assert apart(TINY, WORK, big, 4, "ray").rooms["weights"] == exactly(2 * 240 / 1)
+    assert apart(TINY, lora, big, 4, "ray").rooms["weights"] == exactly(2 * 0.01 * 240 / 1)
+
+
+def test_learners_beside_writers_hold_the_whole_model_as_the_program_wants_it() -> None:
+    """It refuses weights in shares beside vLLM or Ray's workers."""
+    for layout in ("ray", "vllm", "overlap"):
+        assert apart(MODELS["8B"], Work(), H100, 64, layout).refused.startswith("wants 1")
+        assert not apart(MODELS["8B"], Work(mode="lora"), H100, 64, layout).refused
+
+
 def test_a_layout_that_does_not_fit_says_what_it_wants() -> None:
     found = replicate(MODELS["8B"], Work(), H100, 8)
     assert re.fullmatch(r"wants \d+ GB a GPU", found.refused)
@@ -148,7 +188,7 @@ def test_more_learners_than_responses_of_a_minibatch_are_refused_as_the_program_
 @pytest.mark.parametrize("name", MODELS)
 def test_more_gpus_are_never_slower_and_overlap_never_loses(name: str) -> None:
     rows = [compare(MODELS[name], Work(), H100, count) for count in scale_page.GPUS]
-    for layout in ("vllm", "overlap", "peers"):
+    for layout in ("ray", "vllm", "overlap", "peers"):
         totals = [by[layout].total for by in rows if not by[layout].refused]
         assert all(later <= 1.02 * sooner for sooner, later in pairwise(totals)), layout
     assert all(by["overlap"].total <= by["vllm"].total for by in rows)
@@ -164,6 +204,11 @@ def test_the_page_holds_what_the_program_writes() -> None:
     found = scale_page.estimates()
     blocks = {f"totals {name}": scale_page.totals(rows) for name, rows in found.items()}
     blocks |= {f"rooms {name}": scale_page.rooms(found[name][gpus]) for name, gpus in scale_page.ROOMS_AT.items()}
-    blocks |= {"saturation": scale_page.saturation(found), "traffic": scale_page.traffic(), "modes": scale_page.modes()}
+    blocks |= {
+        "saturation": scale_page.saturation(found),
+        "traffic": scale_page.traffic(),
+        "modes": scale_page.modes(),
+        "long": scale_page.long(),
+    }
     text = scale_page.PAGE.read_text("utf-8")
     assert scale_page.filled(text, blocks) == text, "run: python bench/scale_model.py --write"
