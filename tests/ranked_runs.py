@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 ranked_runs.py FOLDER [NAME …]      trains each run of `RUNS` in FOLDER/NAME
 
 The reward posts commands to the run that it belongs to, so that β is turned before update 2 and, in the run `stopped`,
-the run ends before update 3. It is asked by the first process alone, and says so where that does not hold.
+the run ends before update 3. It is asked by the first process alone, and says so where that does not hold. Workers, in
+the runs that have some, stand in the first process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+import tether.ray_run
 from resumable import prefer_short, settings_of, task_of
+from stand_in_workers import local_roles
 from tether.batch import Prompt
 from tether.config import RunSettings
 from tether.control import Control
@@ -27,6 +30,7 @@ from tether.runtime.ranks import joined
 from tether.session import Judges, Task, train_run
 
 STEPS = 5
+WORKERS = {"writer": "ray", "ray": {"rollout_workers": 2, "scoring_workers": 1}}
 RUNS = {
     "full": settings_of("full", steps=STEPS, controller="fixed"),
     "lora": settings_of("lora", steps=STEPS, controller="fixed"),
@@ -34,6 +38,8 @@ RUNS = {
     "full-in-shares": settings_of("full", steps=STEPS, controller="fixed", runtime={"sharding": "fsdp"}),
     "lora-in-shares": settings_of("lora", steps=STEPS, controller="fixed", runtime={"sharding": "fsdp"}),
     "top-in-shares": settings_of("top", steps=STEPS, controller="fixed", runtime={"sharding": "fsdp"}),
+    "full-with-workers": settings_of("full", steps=STEPS, controller="fixed", runtime=WORKERS),
+    "top-with-workers": settings_of("top", steps=STEPS, controller="fixed", runtime=WORKERS),
     "stopped": settings_of("top", steps=STEPS, controller="fixed"),
     "stopped-in-shares": settings_of("full", steps=STEPS, controller="fixed", runtime={"sharding": "fsdp"}),
 }
@@ -79,6 +85,7 @@ def finish(run: Path, console: Console) -> None:
 
 
 def main() -> None:
+    tether.ray_run.ray_roles = local_roles  # workers without a Ray
     folder, names = Path(sys.argv[1]), sys.argv[2:] or list(RUNS)
     with joined() as ranks:
         console = Console(quiet=not ranks.is_first)

@@ -93,6 +93,11 @@ def test_weights_held_in_shares_are_trained_like_whole_ones(alone: Path, shared:
     assert_same_course(alone / mode, shared / f"{mode}-in-shares")
 
 
+@pytest.mark.parametrize("mode", ["full", "top"])
+def test_workers_that_the_first_of_two_processes_asks_change_nothing(alone: Path, shared: Path, mode: str) -> None:
+    assert_same_course(alone / mode, shared / f"{mode}-with-workers")
+
+
 def test_the_policy_moved(alone: Path) -> None:
     """Else the runs above would be alike without any training."""
     before, after = weights(alone / "top", STEPS - 1), weights(alone / "top")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -23,18 +24,23 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import tether.ray_run
 from resumable import count_words, left_behind, prefer_short, settings_of, task_of
 from stand_in_workers import Local, keep, local_roles
+from tether import judging, writers
 from tether.ahead import Ahead, Request
 from tether.batch import Generation, Origin, Prompts, Sequences
-from tether.config import RunSettings, RuntimeSettings, UpdateSettings
+from tether.config import RunSettings, RuntimeSettings, SamplingSettings, UpdateSettings
+from tether.elsewhere import Elsewhere
 from tether.errors import MissingExtraError, ModelError, WorkerError
 from tether.models import LanguagePolicy, load_policy
 from tether.optimiser import Optimiser
+from tether.ranked import RankedPolicy
 from tether.ray_run import ray_roles, require_same_versions, reward_models
 from tether.remote import Published, RemoteReferee, RemoteWriter, check_age, remote_scores, shares_of
 from tether.resuming import resume_run
 from tether.reward_model import Encoded, RewardModel
 from tether.reward_sources import Ensemble, WeightedSum
+from tether.rollouts import sample
 from tether.runtime import ray_cluster
+from tether.runtime.ranks import Ranks
 from tether.session import Judges, train_run
 from tether.store import RunStore
 from tether.streams import uniforms
@@ -42,6 +48,7 @@ from tether.workers import ScoringWorker, Weights, WritingWorker, versions
 from tiny_models import VOCAB, build, build_tokenizer
 from tolerances import ROUND_OFF, assert_close
 
+T = TypeVar("T")
 MODES = ("full", "lora", "top")
 TOKENS = 6
 ROWS = 5
@@ -91,6 +98,22 @@ class Side:
         self.scoring = Local("scoring", [ScoringWorker(open_policy, ()) for _ in range(self.workers)])
         self.writer = RemoteWriter(self.writing, self.published)
         self.referee = RemoteReferee(self.scoring, self.published)
+
+
+class Talking(Ranks):
+    """One of two learners; the second hears `hears` from the first."""
+
+    hears: object = None
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.count = rank, 2
+
+    def ask_first(self, act: Callable[[], T]) -> T:
+        return act() if self.is_first else self.hears  # type: ignore[return-value]
+
+    def whole(self, mine: Tensor, rows: int) -> Tensor:
+        """The second's rows are those of the first, for want of the second."""
+        return torch.cat([mine] * rows)[:rows]
 
 
 # ── shares ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -232,6 +255,41 @@ def test_workers_score_as_the_reward_model_itself_would() -> None:
     assert_close(reward.score_encoded(Encoded(rows)), own.double(), ROUND_OFF)
     assert crew.asked == [("score", 2)]
     assert reward.score_encoded(Encoded([])).shape == (0,)
+
+
+def test_workers_of_several_learners_are_asked_about_all_rows_and_by_the_first_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two learners: what one would hear of half the rows, both hear of all."""
+    side, prompts, reward = Side("full"), prompts_of(), classifier()
+    ranked, alone = RankedPolicy(side.policy, Talking(0)), opening("full")()
+    ranked.writer, ranked.referee = side.writer, side.referee
+    rollout = sample(ranked, prompts, draws_of(prompts), SamplingSettings(max_new_tokens=TOKENS))
+    assert (side.writing.asked, side.scoring.asked) == ([("write", 2)], [("refer", 2)])
+    own = alone.evaluate_reference(rollout.sequences, 1.0)
+    assert_close(rollout.ref_logprobs, own.logprobs.double(), ROUND_OFF)
+    asked: list[int] = []
+    expected = torch.tensor(reward.score_rollout(rollout), dtype=torch.float64)
+    reward.scorer = lambda rows: asked.append(len(rows)) or torch.zeros(len(rows))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(judging, "here", lambda: Talking(0))
+    scores = judging.judge(reward, rollout).totals
+    assert (asked, scores.tolist()) == ([ROWS], [0.0] * ROWS)
+    assert float(expected.abs().max()) > 0.0
+
+
+def test_a_learner_beside_the_first_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is told is what it goes on with."""
+    settings, prompts = settings_of("full", runtime={"writer": "ray"}), prompts_of()
+    second, told = Talking(1), opening("full")().generate(prompts, draws_of(prompts), 1.0)
+    monkeypatch.setattr(writers, "here", lambda: second)
+    policy = RankedPolicy(opening("full")(), second)
+    second.hears = told
+    with writers.helped(settings, policy, opening("full"), [], lambda name, fact: None):
+        assert isinstance(policy.writer, Elsewhere)
+        assert policy.generate(prompts, draws_of(prompts), 1.0) is told
+        with pytest.raises(AssertionError, match="only the first"):
+            policy.writer.write(prompts, draws_of(prompts), 1.0)
+    assert policy.writer is None
 
 
 def test_reward_models_are_found_wherever_they_stand_and_once() -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tether import vllm_run
 from tether.ahead import Request
 from tether.batch import Origin, Sequences, Writer
 from tether.checks import Tolerance
@@ -21,7 +23,7 @@ from tether.models import LanguagePolicy, load_policy
 from tether.rollouts import sample
 from tether.runtime.vllm_engine import Answer, Rule
 from tether.streams import uniforms
-from tether.vllm_run import vllm_writing
+from tether.vllm_run import folder_for, laid_bytes, vllm_writing
 from tether.vllm_writer import VllmWriter, questions_of
 from tether.writers import helped
 from tiny_models import EOS, build, build_tokenizer, prompts_of
@@ -339,6 +341,32 @@ def test_sharded_weights_and_a_folder_that_is_not_there_are_refused(tmp_path: Pa
     for settings, told in ((sharded, "sharding: replicate"), (elsewhere, "wanted a folder that is there")):
         with pytest.raises(ConfigError, match=told), vllm_writing(settings, policy_of("top")):
             pass
+
+
+def test_weights_are_laid_down_where_there_is_room_for_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's shared memory is often smaller than a model."""
+    shared, other = tmp_path / "shm", tmp_path / "tmp"
+    shared.mkdir()
+    other.mkdir()
+    free = {shared: 64 << 20, other: 1 << 30}
+    monkeypatch.setattr(vllm_run, "SHARED_MEMORY", shared)
+    monkeypatch.setattr(vllm_run.tempfile, "gettempdir", lambda: str(other))
+    monkeypatch.setattr(vllm_run.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    assert folder_for(None, 1 << 20) == shared
+    assert folder_for(None, 512 << 20) == other
+    told = r"take 2.00 GiB and .*shm has 0.06 free, .*tmp has 1.00 free; .*runtime.vllm.folder"
+    with pytest.raises(ConfigError, match=told):
+        folder_for(None, 2 << 30)
+    with pytest.raises(ConfigError, match=r"take 0.50 GiB and .*shm has 0.06 free"):
+        folder_for(str(shared), 512 << 20)
+
+
+def test_a_tied_head_is_counted_with_what_is_laid_down() -> None:
+    policy = policy_of("full", "llama")
+    embeddings = policy.mode.model.get_input_embeddings().weight
+    unique = sum(weight.numel() for weight in policy.mode.model.parameters())
+    assert policy.mode.head.linear.weight is embeddings
+    assert laid_bytes(policy) == 4 * (unique + embeddings.numel())
 
 
 # ── what a run makes of it ──────────────────────────────────────────────────────────────────────────────────────────

@@ -25,6 +25,7 @@ from torch import Tensor
 from tether.alarms import Alarm
 from tether.batch import Rollout, Sequences
 from tether.checks import Tolerance
+from tether.runtime.ranks import here
 from tether.streams import stream
 from tether.tokens import DOUBT, FAMILIES, HYPOTHESES, RANKS, TEMPERATURES, Drawn, Facts, doubted, facts_of
 
@@ -221,13 +222,19 @@ class Honesty:
 
 
 def facts_of_rollout(policy: Distributions, rollout: Rollout, temperature: float, rows: Int[Tensor, "rows"]) -> Facts:
-    """The facts of these rows' tokens, a few rows at a time."""
+    """The facts of these rows' tokens, a few rows at a time; of several processes each looks at its share of those."""
+    ranks, parts = here(), list[Facts]()
     width = max(1, int(rollout.sequences.response_lengths[rows].max()))
-    parts = []
-    for index in torch.split(rows, max(1, ELEMENTS_AT_ONCE // (width * policy.vocab))):
-        sequences = rollout.sequences.rows(index)
-        drawn = _drawn(sequences, rollout.ref_logprobs[index])
-        parts.append(facts_of(policy.logits_of(sequences), drawn, temperature, policy.stops))
+    at_once = max(1, ELEMENTS_AT_ONCE // (width * policy.vocab))
+    for index in torch.split(rows, at_once * ranks.count):
+        is_shared = len(index) >= ranks.count
+        mine = index[ranks.share(len(index))] if is_shared else index
+        sequences = rollout.sequences.rows(mine)
+        drawn = _drawn(sequences, rollout.ref_logprobs[mine])
+        found = facts_of(policy.logits_of(sequences), drawn, temperature, policy.stops)
+        if ranks.count > 1:
+            found = found.to("cpu")  # a process says nothing of another one's GPU
+        parts += ranks.said(found) if is_shared else [found]
     return Facts.join(parts)
 
 

@@ -6,7 +6,7 @@
 
 Room 3 asks the whole reward; a sum or an ensemble asks each of its parts in the same way, so that a part which can read
 rollouts does so wherever it stands. Of several processes each reads its share with a model; a function or an address is
-asked once, by the first, with the whole batch.
+asked once, by the first, with the whole batch, and so are workers that hold a model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tether.batch import JudgesRollouts, Prompt, Reward, Rollout, Scores, ScoresRollouts
 from tether.reward_functions import FunctionReward, name_of
+from tether.reward_model import RewardModel
 from tether.reward_numbers import numbers_of
 from tether.runtime.ranks import ALONE, here
 
@@ -34,8 +35,11 @@ def judge(reward: Reward, rollout: Rollout) -> Scores:
 
 
 def _shared_scores(reward: Reward, rollout: Rollout) -> Float[Tensor, "batch"]:
-    """A model's scores: each process reads its share of the responses."""
+    """A model's scores: each process reads its share of the responses, or the first asks the workers that hold it."""
     assert isinstance(reward, ScoresRollouts)
+    if isinstance(reward, RewardModel) and reward.scorer is not None:
+        whole = here().ask_first(lambda: numbers_of(reward.score_rollout(rollout), len(rollout), name_of(reward)))
+        return torch.tensor(whole, dtype=torch.float64)
     ranks = here() if len(rollout) >= here().count else ALONE
     part = rollout if ranks.count == 1 else rollout.rows(ranks.share(len(rollout)))
     numbers = ranks.together(lambda: numbers_of(reward.score_rollout(part), len(part), name_of(reward)))

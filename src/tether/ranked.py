@@ -95,8 +95,10 @@ class RankedPolicy(LanguagePolicy):
 
     @torch.no_grad()
     def evaluate_reference(self, sequences: Sequences, temperature: float) -> ReferenceEvaluation:
-        """As `LanguagePolicy`."""
+        """As `LanguagePolicy`; workers are asked by the first process, about all rows."""
         rows = len(sequences)
+        if self.referee is not None:
+            return self.ranks.ask_first(lambda: LanguagePolicy.evaluate_reference(self, sequences, temperature))
         share = self._share_of(sequences) if self._is_shared(rows) else sequences
         with gathered([*self._reference_pieces, *self._policy_pieces_for(share)]):
             said = super().evaluate_reference(share, temperature)

@@ -3,7 +3,8 @@
     with ray_roles(settings, policy, open_policy, rewards, note, first) as roles: …
 
 The learner is the process that calls: it holds policy, value and optimiser, runs the loop and writes the run folder,
-and everything that cannot be computed again is in its checkpoints. Workers hold nothing that could be lost. They end
+and everything that cannot be computed again is in its checkpoints. Of several learners the first alone calls, and the
+others hear from it (`elsewhere.py`). Workers hold nothing that could be lost. They end
 with it, so a learner that was killed is resumed like any run: `tether resume`, which starts workers of its own.
 
 Nothing of this is imported in a run that does not ask for it. Read next: `remote.py`, `runtime/ray_cluster.py`.
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from tether.batch import Reward
 from tether.config import RunSettings
+from tether.elsewhere import Elsewhere
 from tether.errors import ConfigError, WorkerError
 from tether.models import LanguagePolicy
 from tether.remote import Published, RemoteReferee, RemoteWriter, remote_scores
 from tether.reward_model import RewardModel
 from tether.reward_sources import Joined
+from tether.runtime.ranks import here
 from tether.runtime.ray_cluster import Cluster, connected
 from tether.runtime.ray_crew import Crew, collect, deposit
 from tether.workers import ScoringWorker, WritingWorker, trained_weights, versions
@@ -37,8 +40,8 @@ Scorer = Callable[[Sequence[Sequence[int]]], Tensor]
 class Roles:
     """What workers do in place of the learner."""
 
-    writer: RemoteWriter
-    referee: RemoteReferee | None
+    writer: RemoteWriter | Elsewhere
+    referee: RemoteReferee | Elsewhere | None
     scorers: list[tuple[RewardModel, Scorer]]
     """Reward models, and who gives their raw scores."""
 
@@ -55,16 +58,12 @@ def ray_roles(
     """Workers that have read their models and wait; they end with the block.
 
     `open_policy` opens the policy at its start, on any machine; `note` keeps the fact `workers`: who works where, and
-    how often workers were started anew. `first` is the version of the policy's weights. Raises ConfigError where the
-    learner would be several processes, MissingExtraError without Ray, WorkerError where there is no Ray, no room in it,
-    or other versions on its machines, and what opening the policy raises there.
+    how often workers were started anew. `first` is the version of the policy's weights. Raises ConfigError where
+    learners hold the weights in shares, MissingExtraError without Ray, WorkerError where there is no Ray, no room in
+    it, or other versions on its machines, and what opening the policy raises there.
     """
     knobs, overlap = settings.runtime.ray, settings.runtime.overlap
-    if settings.runtime.processes > 1:
-        raise ConfigError(
-            f"runtime.writer is ray and runtime.processes {settings.runtime.processes}; the learner of Ray's workers "
-            "is one process: processes: 1"
-        )
+    _refuse_shares(settings)
     models = reward_models(rewards)
     with connected(knobs) as cluster:
         cluster.require_store(stored_bytes(policy, models), "two versions of the weights, and the reward models,")
@@ -88,6 +87,23 @@ def ray_roles(
             [(model, partial(remote_scores, crews[1], number)) for number, model in enumerate(models)]
             if knobs.scoring_workers
             else [],
+        )
+
+
+def roles_elsewhere(settings: RunSettings, rewards: Iterable[Reward]) -> Roles:
+    """What stands in a process whose first talks to the workers."""
+    nobody = Elsewhere()
+    if not settings.runtime.ray.scoring_workers:
+        return Roles(nobody, None, [])
+    return Roles(nobody, nobody, [(model, nobody.score) for model in reward_models(rewards)])
+
+
+def _refuse_shares(settings: RunSettings) -> None:
+    runtime = settings.runtime
+    if max(runtime.processes, here().count) > 1 and runtime.sharding == "fsdp":
+        raise ConfigError(
+            "runtime.writer is ray and runtime.sharding fsdp; the weights of one learner must be whole to be sent: "
+            "sharding: replicate"
         )
 
 

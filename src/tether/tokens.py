@@ -80,6 +80,10 @@ class Facts:
     def join(parts: list[Facts]) -> Facts:
         return Facts(*(torch.cat([getattr(part, name) for part in parts]) for name in Facts.__dataclass_fields__))
 
+    def to(self, device: str) -> Facts:
+        """The same on another device."""
+        return Facts(*(getattr(self, name).to(device) for name in Facts.__dataclass_fields__))
+
 
 def facts_of(logits: Float[Tensor, "tokens vocab"], drawn: Drawn, temperature: float, stops: frozenset[int]) -> Facts:
     """The facts of one group of rows. `logits` are the policy's, before temperature, float32."""

@@ -8,6 +8,7 @@ that does not ask for it. Read next: `vllm_writer.py`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,16 +16,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from jaxtyping import Float
-from torch import Tensor
-
-from tether.batch import Generation, Prompts
 from tether.config import RunSettings
+from tether.elsewhere import Elsewhere
 from tether.errors import ConfigError
 from tether.models import LanguagePolicy
 from tether.runtime.ranks import here
 from tether.runtime.vllm_engine import Engine
-from tether.vllm_writer import VllmWriter, Writing
+from tether.vllm_writer import VllmWriter
 
 SHARED_MEMORY = Path("/dev/shm")
 GIB = 2**30
@@ -37,19 +35,18 @@ def vllm_writing(settings: RunSettings, policy: LanguagePolicy, first: int = 0) 
     `first` is the version of the policy's weights. Raises ConfigError where the settings cannot be had together,
     MissingExtraError without vLLM, and WorkerError where it does not come up, or none is at the address.
     """
-    runtime = settings.runtime
-    if runtime.processes > 1 and runtime.sharding == "fsdp":
+    runtime, ranks = settings.runtime, here()
+    if max(runtime.processes, ranks.count) > 1 and runtime.sharding == "fsdp":
         raise ConfigError(
             "runtime.writer is vllm and runtime.sharding fsdp; the weights of one process must be whole to be sent: "
             "sharding: replicate"
         )
-    ranks = here()
 
     def open_writer() -> VllmWriter | Elsewhere:
         if not ranks.is_first:
             return Elsewhere()
         return VllmWriter(
-            policy, partial(open_engine, settings, policy), _folder(runtime.vllm.folder),
+            policy, partial(open_engine, settings, policy), folder_for(runtime.vllm.folder, laid_bytes(policy)),
             lag=runtime.staleness, bound=runtime.staleness + int(runtime.overlap), first=first,
         )  # fmt: skip
 
@@ -58,22 +55,6 @@ def vllm_writing(settings: RunSettings, policy: LanguagePolicy, first: int = 0) 
         yield writer
     finally:
         writer.close()
-
-
-class Elsewhere:
-    """The writer of a process that another one writes for."""
-
-    def write(self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float) -> Generation:  # noqa: ARG002
-        raise AssertionError("only the first process is asked")
-
-    def begin(self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float) -> Writing:  # noqa: ARG002
-        raise AssertionError("only the first process is asked")
-
-    def catch_up(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to end."""
 
 
 def open_engine(settings: RunSettings, policy: LanguagePolicy, model: Path) -> Engine:
@@ -94,10 +75,24 @@ def open_engine(settings: RunSettings, policy: LanguagePolicy, model: Path) -> E
     return VllmServer.start(launch, model, knobs.answer_seconds)
 
 
-def _folder(named: str | None) -> Path:
-    """Where weights are laid down: the folder that was named, or the fastest that this machine has."""
-    if named is not None:
-        if not Path(named).is_dir():
-            raise ConfigError(f"runtime.vllm.folder is {named!r}; wanted a folder that is there")
-        return Path(named)
-    return SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+def laid_bytes(policy: LanguagePolicy) -> int:
+    """What the whole policy takes as files; a head that is tied is laid down beside the embeddings."""
+    every = policy.mode.model.named_parameters(remove_duplicate=False)
+    return sum(weight.numel() * weight.itemsize for _, weight in every)
+
+
+def folder_for(named: str | None, size: int) -> Path:
+    """Where so many bytes of weights are laid down: the folder that was named, or the fastest of this machine that has
+    room for them; a container's shared memory is often a few megabytes. Raises ConfigError where there is none.
+    """
+    if named is not None and not Path(named).is_dir():
+        raise ConfigError(f"runtime.vllm.folder is {named!r}; wanted a folder that is there")
+    known = [SHARED_MEMORY, Path(tempfile.gettempdir())] if named is None else [Path(named)]
+    for folder in known:
+        if folder.is_dir() and shutil.disk_usage(folder).free > size:
+            return folder
+    tried = ", ".join(
+        f"{folder} has {shutil.disk_usage(folder).free / GIB:.2f} free" for folder in known if folder.is_dir()
+    )
+    raise ConfigError(f"the weights for vLLM take {size / GIB:.2f} GiB and {tried}; name a folder with more: "
+                      "runtime.vllm.folder")  # fmt: skip

@@ -4,6 +4,8 @@
     runtime.writer: vllm     vLLM writes, in an engine of its own
     runtime.writer: ray      rollout workers write; scoring workers say what reference and reward models say
 
+Of several processes the first alone has help, and tells the others what it heard.
+
 Help is put where the work is done, `policy.writer`, `policy.referee` and `RewardModel.scorer`, so the loop, the checks
 and the evaluations ask as they always do, and what a run is (`identity.py`) does not change. A user's own reward
 function stays with the learner: it may count its calls, or hold a connection. Read next: `remote.py`, `ahead.py`.
@@ -19,6 +21,7 @@ from tether.ahead import Ahead
 from tether.batch import Reward
 from tether.config import RunSettings
 from tether.models import LanguagePolicy
+from tether.runtime.ranks import here
 
 Note = Callable[[str, object], None]
 """Keeps a fact of the run."""
@@ -82,9 +85,17 @@ def _ray(
     note: Note,
     first: int,
 ) -> Iterator[None]:
-    from tether.ray_run import ray_roles
+    from tether.ray_run import ray_roles, roles_elsewhere
 
-    with ray_roles(settings, policy, open_policy, rewards, note, first) as roles:
+    ranks, known = here(), list(rewards)
+    with ExitStack() as stack:
+        roles = ranks.together(
+            lambda: (
+                stack.enter_context(ray_roles(settings, policy, open_policy, known, note, first))
+                if ranks.is_first
+                else roles_elsewhere(settings, known)
+            )
+        )
         policy.writer = Ahead(roles.writer) if settings.runtime.overlap else roles.writer
         policy.referee = roles.referee
         for model, scorer in roles.scorers:
