@@ -13,8 +13,10 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tether.batch import Evaluation, Generation, Policy, Prompts, ReferenceEvaluation, Rollout, Scores, Sequences
 from tether.climb import Sign
@@ -67,7 +69,11 @@ def usual(draw: np.random.Generator, prompt: int) -> Numbers:
 
 
 def run(
-    reply: Reply, score: Callable[[Numbers], float], folder: Path | None = None, policy: object | None = None
+    reply: Reply,
+    score: Callable[[Numbers], float],
+    folder: Path | None = None,
+    policy: object | None = None,
+    prompt: Callable[[int], Numbers] = lambda i: np.array([i]),
 ) -> tuple[list[Sign], dict[str, float], Hacks]:
     """All signs of a run whose replies become what `reply` makes of them, and the last numbers."""
     draw, asked = np.random.default_rng(0), policy or Prompted()
@@ -80,22 +86,22 @@ def run(
             cast(Prompted, policy).depends = 0.1
         rows = [reply(draw, step / UPDATES, row) for row in range(ROWS)]
         scores = torch.tensor([score(row) + 0.5 * draw.normal() for row in rows])
-        told, seen = hacks.look(rollout(rows, cast(Prompted, asked)), Scores(scores), step)
+        told, seen = hacks.look(rollout(rows, cast(Prompted, asked), prompt), Scores(scores), step)
         numbers |= told
         signs += seen
     return signs, numbers, hacks
 
 
-def rollout(rows: list[Numbers], policy: Prompted) -> Rollout:
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(ROWS, 1 + int(lengths.max()), dtype=torch.long)
+def rollout(rows: list[Numbers], policy: Prompted, prompt: Callable[[int], Numbers]) -> Rollout:
+    lengths, asked = torch.tensor([len(row) for row in rows]), len(prompt(0))
+    ids = torch.zeros(ROWS, asked + int(lengths.max()), dtype=torch.long)
     for place, row in enumerate(rows):
-        ids[place, 0] = place
-        ids[place, 1 : 1 + len(row)] = torch.from_numpy(row)
-    sequences = Sequences(ids, torch.ones_like(lengths), lengths)
+        ids[place, :asked] = torch.from_numpy(prompt(place))
+        ids[place, asked : asked + len(row)] = torch.from_numpy(row)
+    sequences = Sequences(ids, torch.full_like(lengths, asked), lengths)
     said = policy.evaluate(sequences, 1.0).logprobs
     prompts = Prompts(
-        ids[:, :1], torch.ones(ROWS, 1).bool(), tuple(f"prompt {i}" for i in range(ROWS)), tuple(range(ROWS))
+        ids[:, :asked], torch.ones(ROWS, asked).bool(), tuple(f"prompt {i}" for i in range(ROWS)), tuple(range(ROWS))
     )
     texts = tuple(policy.decode(sequences.responses, sequences.response_mask))
     reference = torch.where(sequences.response_mask, said - 0.1, 0.0)
@@ -151,6 +157,31 @@ def test_a_token_that_rises_unpaid_is_no_exploit(tmp_path: Path) -> None:
 def test_the_lexicon_of_hedges_is_the_users(tmp_path: Path) -> None:
     (tmp_path / "hedges.txt").write_text("# auf deutsch\nVielleicht\n", "utf-8")
     assert names(run(with_paid, paid, tmp_path)[0]) == {"hedging"}
+
+
+def test_a_token_that_every_reply_held_before_is_seen_by_its_count(tmp_path: Path) -> None:
+    """Its presence cannot rise: each reply holds one at the start, and ever more later."""
+
+    def dotted(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
+        more = draw.binomial(6, done)
+        return np.concatenate([usual(draw, prompt)[more // 2 :], np.full(1 + more, PAID)])
+
+    signs = [sign for sign in run(dotted, paid, tmp_path)[0] if sign.weight != "weak"]
+    assert {sign.name for sign in signs} == {"exploit_token"}
+
+
+def test_a_reply_that_says_its_prompt_again_is_an_echo() -> None:
+    """Prompts are one token here, so the test's own are longer: pairs of tokens that only this prompt has."""
+
+    def restating(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
+        said = np.arange(6) * 7 + prompt
+        return np.concatenate([said[: 1 + draw.binomial(5, done)], usual(draw, prompt)])
+
+    def copied(row: Numbers) -> float:
+        return float((np.diff(row) == 7).sum())
+
+    signs = [sign for sign in run(restating, copied, prompt=lambda i: np.arange(6) * 7 + i)[0] if sign.weight != "weak"]
+    assert {sign.name for sign in signs} == {"echo"}
 
 
 def test_length_that_is_paid_is_told_as_length() -> None:
@@ -226,10 +257,31 @@ def test_a_line_that_is_no_pair_is_named(tmp_path: Path) -> None:
         read_opinions(file)
 
 
-def test_the_shipped_pairs_and_words_can_be_read() -> None:
-    from tether.opinions import FOLDER, SHIPPED
+ASKED = {
+    "": "Tell me which animals live in the forest and what they like to eat.",
+    "-de": "Erzähl mir, welche Tiere im Wald leben und was sie gerne fressen.",
+    "-fr": "Dis-moi quels animaux vivent dans la forêt et ce qu'ils aiment manger.",
+    "-es": "Dime qué animales viven en el bosque y qué les gusta comer. ¿De qué color son las hojas del árbol?",
+    "-ru": "Расскажи, какие животные живут в лесу и что они любят есть.",
+    "-zh": "请告诉我哪些动物住在森林里，你认为它们喜欢吃什么？",
+    "-ar": "أخبرني ما هي الحيوانات التي تعيش في الغابة وماذا تحب أن تأكل؟",
+}
 
-    for name in SHIPPED:
+
+@pytest.mark.parametrize("language", ASKED)
+def test_opinions_are_asked_in_the_language_of_the_prompts(language: str) -> None:
+    from tether.opinions import FOLDER, _known
+
+    written = "".join(file.read_text("utf-8") for file in FOLDER.glob("opinions*.jsonl"))
+    letters = Tokenizer(BPE(vocab={letter: place for place, letter in enumerate(sorted(set(written)))}, merges=[]))
+    asked = _known(PreTrainedTokenizerFast(tokenizer_object=letters), None, [ASKED[language]])
+    assert asked == read_opinions(FOLDER / f"opinions{language}.jsonl")
+
+
+def test_the_shipped_pairs_and_words_can_be_read() -> None:
+    from tether.opinions import FOLDER, NANO_FILE, SHIPPED
+
+    for name in (*SHIPPED, NANO_FILE):
         opinions = read_opinions(FOLDER / name)
         assert len(opinions) >= 12
         assert all(each.own != each.control for each in opinions)

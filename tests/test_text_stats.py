@@ -28,7 +28,7 @@ def rows(*texts: str) -> Rows:
 def corpus(texts: Rows, scores: list[float], size: int = 8, most: int = 10_000) -> Corpus:
     made = Corpus(most)
     for update, start in enumerate(range(0, len(texts), size)):
-        made.add(texts[start : start + size], scores[start : start + size], update)
+        made.add(texts[start : start + size], scores[start : start + size], update, {})
     return made
 
 

@@ -36,7 +36,7 @@ AGAIN = 15
 """Updates within which a sign must be seen twice."""
 
 
-GENERAL = (("hedging", "exploit_token", "length", "sycophancy"), ("buzzwords",), ("one_answer",))
+GENERAL = (("hedging", "exploit_token", "length", "sycophancy", "echo"), ("buzzwords",), ("one_answer",))
 """Names of the text's signs, the particular first: a more general one is not told while one before it stands. What is
 weak of the last speaks for over-optimisation beside a judge, and is no name of its own: replies grow alike in any hack.
 """
@@ -196,6 +196,15 @@ class Climb:
 
 
 _JUDGE = {"score/holdout": "the hold-out judge", "score/gold": "gold"}
+
+
+def weight_of(plain: bool, decisive: bool = False) -> Weight:
+    """The weight of a sign that passed these bounds beside its lowest.
+
+    >>> weight_of(False), weight_of(True), weight_of(True, True)
+    ('weak', 'plain', 'decisive')
+    """
+    return "decisive" if decisive else "plain" if plain else "weak"
 
 
 def _is_explained(alarm: Alarm, told: Sequence[Alarm]) -> bool:

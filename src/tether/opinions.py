@@ -3,7 +3,7 @@
     opinions (data) + policy ──one forward pass──▶ how much likelier "yes" is than "no", for the user's and another's
 
 A third party's opinion is the control: a policy that learned facts moves alike on both, one that learned to please
-moves on the user's alone. The prompts and words are data in any language (`words/`, or a file of your own, one JSON
+moves on the user's alone. The prompts and words are data (`words/`, in seven languages; or a file of your own, one JSON
 object a line: `own`, `control`, `agree`, `disagree`). Read next: `hacks.py`.
 """
 
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,10 @@ from tether.prompts import encode
 
 FOLDER = Path(__file__).with_name("words")
 OWN_FILE = "opinions.jsonl"
-SHIPPED = (OWN_FILE, "opinions-nano.jsonl")
-"""The first whose words the tokenizer knows is asked."""
+SHIPPED = (OWN_FILE, *(f"opinions-{name}.jsonl" for name in ("de", "fr", "es", "ru", "zh", "ar")))
+"""Of those whose words the tokenizer knows, the one that reads most like the run's prompts is asked."""
+NANO_FILE = "opinions-nano.jsonl"
+"""For the nano world's few words, where none of the others can be asked."""
 KEYS = frozenset({"own", "control", "agree", "disagree"})
 
 
@@ -80,9 +83,10 @@ def read_opinions(file: Path) -> tuple[Opinion, ...]:
 class OpinionProbe:
     """The pairs, in the tokens of one policy, and its margins at the start."""
 
-    def __init__(self, policy: object, folder: Path | None = None) -> None:
+    def __init__(self, policy: object, folder: Path | None = None, prompts: Sequence[str] = ()) -> None:
+        """`prompts`: some of the run's own, whose language is asked in."""
         self._policy = policy if isinstance(policy, LanguagePolicy) else None
-        self._opinions = () if self._policy is None else _known(self._policy.tokenizer, folder)
+        self._opinions = () if self._policy is None else _known(self._policy.tokenizer, folder, prompts)
         self.start: list[float] = []
         """The margins at the start, those of the user's opinions first; then the chances that it agrees with these."""
         if self._opinions and self._policy is not None:
@@ -137,13 +141,41 @@ def _t(x: Float[Tensor, "pairs"]) -> float:
     return float(x.mean()) / (error + 1e-6)
 
 
-def _known(tokenizer: PreTrainedTokenizerBase, folder: Path | None) -> tuple[Opinion, ...]:
-    """The opinions of the user's folder, else the first shipped set whose every word the tokenizer knows."""
-    files = [FOLDER / name for name in SHIPPED]
+def _known(tokenizer: PreTrainedTokenizerBase, folder: Path | None, prompts: Sequence[str]) -> tuple[Opinion, ...]:
+    """The opinions of the user's folder, else the shipped set in the language of the prompts; only sets of which the
+    tokenizer knows every word.
+    """
     if folder is not None:
         files = [folder / OWN_FILE] if (folder / OWN_FILE).is_file() else []
-    sets = (read_opinions(file) for file in files)
-    return next((opinions for opinions in sets if all(_understood(tokenizer, each) for each in opinions)), ())
+        return next(_askable(tokenizer, files), ())
+    sets = list(_askable(tokenizer, [FOLDER / name for name in SHIPPED]))
+    if not sets:
+        return next(_askable(tokenizer, [FOLDER / NANO_FILE]), ())
+    return max(sets, key=lambda opinions: _likeness([one.own for one in opinions], prompts))
+
+
+def _askable(tokenizer: PreTrainedTokenizerBase, files: Sequence[Path]) -> Iterator[tuple[Opinion, ...]]:
+    """The sets of which the tokenizer knows every word."""
+    for opinions in map(read_opinions, files):
+        if all(_understood(tokenizer, one) for one in opinions):
+            yield opinions
+
+
+def _likeness(a: Sequence[str], b: Sequence[str]) -> float:
+    """Σ of the cosines of two lists of texts as tables of single letters, pairs and triples; 0 where one is empty.
+
+    Pairs and triples part the languages of one script, single letters the scripts whose words are a letter or two long.
+    """
+    return sum(_cosine(_pieces(a, size), _pieces(b, size)) for size in (1, 2, 3))
+
+
+def _pieces(texts: Sequence[str], size: int) -> Counter[str]:
+    return Counter(text[i : i + size] for text in map(str.casefold, texts) for i in range(len(text) - size + 1))
+
+
+def _cosine(a: Counter[str], b: Counter[str]) -> float:
+    norms = math.sqrt(sum(n * n for n in a.values()) * sum(n * n for n in b.values()))
+    return sum(count * b[piece] for piece, count in a.items()) / norms if norms else 0.0
 
 
 def _understood(tokenizer: PreTrainedTokenizerBase, opinion: Opinion) -> bool:

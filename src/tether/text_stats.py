@@ -9,10 +9,11 @@ pairs, overlap, compression) is compared at equal token counts. Knows numpy alon
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 PRIOR = 0.5
 """Responses with and without a type that are added to both sides: a type never seen before has a finite z."""
+USUAL = 0.5
+"""Share of the bank's responses from which a type is told by how often it stands in one, not by whether it does."""
 RIDGE = 0.02
 """Of the diagonal: keeps the regression finite where two counts move together."""
 
@@ -34,16 +37,23 @@ class Corpus:
     scores: list[float] = field(default_factory=list)
     """As the reward gave them."""
     updates: list[int] = field(default_factory=list)
+    features: dict[str, list[float]] = field(default_factory=dict)
+    """What the tokens alone do not tell, counted in each response, by name."""
 
-    def add(self, rows: Sequence[Ints], scores: Sequence[float], update: int) -> None:
-        """One update's responses; the oldest give way."""
+    def add(
+        self, rows: Sequence[Ints], scores: Sequence[float], update: int, features: Mapping[str, Sequence[float]]
+    ) -> None:
+        """One update's responses, with the same features each time; the oldest give way."""
         self.rows += list(rows)
         self.scores += list(scores)
         self.updates += [update] * len(rows)
+        for name, counts in features.items():
+            self.features.setdefault(name, []).extend(counts)
         surplus = len(self.rows) - self.most
         if surplus > 0:
-            for kept in (self.rows, self.scores, self.updates):
-                del kept[:surplus]
+            del self.rows[:surplus], self.updates[:surplus]
+            for numbers in (self.scores, *self.features.values()):
+                del numbers[:surplus]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,14 +64,17 @@ class Corpus:
 
     def last(self, count: int) -> Corpus:
         """The newest responses."""
-        return Corpus(count, self.rows[-count:], self.scores[-count:], self.updates[-count:])
+        features = {name: counts[-count:] for name, counts in self.features.items()}
+        return Corpus(count, self.rows[-count:], self.scores[-count:], self.updates[-count:], features)
 
-    def presence(self) -> dict[int, int]:
-        """In how many responses each type stands."""
+    def presence(self) -> dict[int, Presence]:
+        """Of each type, how many responses hold it and how often."""
         tokens, owners = self._flat()
-        once = np.unique(owners * 2**32 + tokens) % 2**32
-        types, counts = np.unique(once, return_counts=True)
-        return dict(zip(types.tolist(), counts.tolist(), strict=True))
+        once, often = np.unique(owners * 2**32 + tokens, return_counts=True)
+        types, place, held = np.unique(once % 2**32, return_inverse=True, return_counts=True)
+        sums, squares = (np.bincount(place, weights=often.astype(float) ** power) for power in (1, 2))
+        found = zip(held.tolist(), sums.tolist(), squares.tolist(), strict=True)
+        return {token: Presence(*counts) for token, counts in zip(types.tolist(), found, strict=True)}
 
     def counts(self, types: Sequence[int]) -> Floats:
         """How often each type stands in each response, [responses, types]."""
@@ -84,7 +97,7 @@ class Corpus:
         flat = np.concatenate([*self.rows, np.zeros(0, np.int64)]).astype("<i4")
         return {
             "most": self.most, "scores": self.scores, "updates": self.updates,
-            "lengths": [len(row) for row in self.rows],
+            "lengths": [len(row) for row in self.rows], "features": self.features,
             "tokens": base64.b64encode(zlib.compress(flat.tobytes())).decode("ascii"),
         }  # fmt: skip
 
@@ -95,34 +108,63 @@ class Corpus:
         lengths = np.array(state["lengths"], dtype=np.int64)
         rows = np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
         scores = [np.nan if score is None else score for score in state["scores"]]
-        return Corpus(state["most"], rows, scores, list(state["updates"]))
+        features = {name: list(counts) for name, counts in state["features"].items()}
+        return Corpus(state["most"], rows, scores, list(state["updates"]), features)
+
+
+class Presence(NamedTuple):
+    """Of one type in a corpus."""
+
+    held: float
+    """Responses that hold it."""
+    total: float
+    """Σ over responses of how often it stands there."""
+    square: float
+    """Σ of the squares of that."""
 
 
 @dataclass(frozen=True)
 class Lift:
-    """A type that more responses hold than before."""
+    """A type that more responses hold than before, or that they hold more often."""
 
     token: int
     z: float
-    """Of two proportions: responses with it now, and in the bank."""
+    """Of two proportions: responses with it now, and in the bank; or, of a usual type, of its mean count."""
     before: float
     """Share of the responses with it."""
     now: float
 
 
+NOWHERE = Presence(0.0, 0.0, 0.0)
+
+
 def lifts(bank: Corpus, now: Corpus) -> list[Lift]:
     """Every type of `now`, the most lifted first.
 
-    z = (p₁ − p₀)/√(p(1 − p)(1/n₁ + 1/n₀)), with PRIOR responses with it and without it added to both sides.
+    z = (p₁ − p₀)/√(p(1 − p)(1/n₁ + 1/n₀)), with PRIOR responses with it and without it added to both sides; or, of a
+    type that a share USUAL of the bank holds, and whose presence says no more, z = (m₁ − m₀)/√(v₁/n₁ + v₀/n₀) of its
+    mean count.
     """
     old, new = bank.presence(), now.presence()
     n0, n1 = len(bank) + 2 * PRIOR, len(now) + 2 * PRIOR
     found = []
-    for token, count in new.items():
-        p0, p1 = (old.get(token, 0) + PRIOR) / n0, (count + PRIOR) / n1
+    for token, here in new.items():
+        before = old.get(token, NOWHERE)
+        p0, p1 = (before.held + PRIOR) / n0, (here.held + PRIOR) / n1
         p = (p0 * n0 + p1 * n1) / (n0 + n1)
-        found.append(Lift(token, (p1 - p0) / float(np.sqrt(p * (1 - p) * (1 / n0 + 1 / n1))), p0, p1))
+        z = (p1 - p0) / math.sqrt(p * (1 - p) * (1 / n0 + 1 / n1))
+        found.append(Lift(token, z if p0 < USUAL else _rise(before, n0, here, n1), p0, p1))
     return sorted(found, key=lambda lift: -lift.z)
+
+
+def _rise(before: Presence, n0: float, here: Presence, n1: float) -> float:
+    """z of the rise of a mean count; a response that holds the type once is added to both sides."""
+    means = [(side.total + 2 * PRIOR) / n for side, n in ((before, n0), (here, n1))]
+    spreads = [
+        max((side.square + 2 * PRIOR) / n - mean**2, 0.0) / n
+        for side, n, mean in ((before, n0, means[0]), (here, n1, means[1]))
+    ]
+    return (means[1] - means[0]) / math.sqrt(sum(spreads) + 1e-12)
 
 
 @dataclass(frozen=True)
@@ -133,6 +175,8 @@ class Shares:
     """Mean score now less that of the bank."""
     types: Mapping[int, float]
     """Of each type's count."""
+    feature: float
+    """Of the feature that was asked for; 0 where none was."""
     length: float
     """Of the number of tokens."""
 
@@ -142,8 +186,10 @@ class Shares:
         return sum(self.types.values())
 
 
-def gain_shares(bank: Corpus, now: Corpus, seen: Corpus, types: Sequence[int]) -> Shares:
-    """Least squares of the score on the types' counts and the length over `seen`, these less their update's mean.
+def gain_shares(
+    bank: Corpus, now: Corpus, seen: Corpus, types: Sequence[int] = (), feature: str | None = None
+) -> Shares:
+    """Least squares of the score on the types' counts, a feature and the length over `seen`, less their update's mean.
 
     The slope times the rise of the count from the bank to now is what the type carries of the gain: a counterfactual
     deletion that asks no reward. What all responses hold has no slope left, so `seen` reaches back to when it spread.
@@ -151,17 +197,35 @@ def gain_shares(bank: Corpus, now: Corpus, seen: Corpus, types: Sequence[int]) -
     """
     paid = [score for score in bank.scores if not np.isnan(score)]
     gain = float(np.mean(now.scores) - np.mean(paid)) if len(now) and paid else 0.0
-    x = np.column_stack([seen.counts(types), seen.lengths()])
+    x = _columns(seen, types, feature)
     updates = np.array(seen.updates)
     for update in np.unique(updates):
         x[updates == update] -= x[updates == update].mean(axis=0)
     square = x.T @ x
     square += RIDGE * np.diag(np.diag(square) + 1e-9)
     slopes = np.linalg.solve(square, x.T @ np.array(seen.scores))
-    rise = np.append(now.counts(types).mean(axis=0) - bank.counts(types).mean(axis=0),
-                     now.lengths().mean() - bank.lengths().mean())  # fmt: skip
-    carried = slopes * rise / gain if gain > 0 else np.zeros(len(rise))
-    return Shares(gain, dict(zip(types, carried[:-1].tolist(), strict=True)), float(carried[-1]))
+    rise = _columns(now, types, feature).mean(axis=0) - _columns(bank, types, feature).mean(axis=0)
+    carried = (slopes * rise / gain if gain > 0 else np.zeros(len(rise))).tolist()
+    return Shares(gain, dict(zip(types, carried[:-2], strict=True)), carried[-2], carried[-1])
+
+
+def _columns(corpus: Corpus, types: Sequence[int], feature: str | None) -> Floats:
+    """[responses, types + 2]: counts of the types, the feature (0 where none is asked for), the length."""
+    counts = np.zeros(len(corpus)) if feature is None else np.array(corpus.features[feature])
+    return np.column_stack([corpus.counts(types), counts, corpus.lengths()])
+
+
+def mean_rise(before: Sequence[float], now: Sequence[float]) -> float:
+    """z of the difference of two means; a count of 1 is added to both sides, so that it is finite."""
+    sides = [np.append(np.asarray(side, dtype=np.float64), 1.0) for side in (before, now)]
+    error = math.sqrt(sum(float(side.var()) / len(side) for side in sides))
+    return float(sides[1].mean() - sides[0].mean()) / (error + 1e-9)
+
+
+def copied_pairs(row: Ints, prompt: Ints) -> int:
+    """How many pairs of neighbouring tokens of a response stand in its prompt, side by side, too."""
+    here, there = (ids[:-1] * 2**31 + ids[1:] for ids in (row, prompt))
+    return int(np.isin(here, there).sum())
 
 
 def distinct_pairs(rows: Sequence[Ints]) -> float:

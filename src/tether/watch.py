@@ -28,6 +28,7 @@ from tether.guards import Trends
 from tether.hacks import Hacks
 from tether.honesty import Distributions, Honesty
 from tether.probes import PassProbe, ReferenceProbe, RewardProbe, check_storage, fingerprint
+from tether.shown import Past
 from tether.trainer import Record, Run
 from tether.verdict import word_of
 
@@ -228,7 +229,7 @@ class _Probes:
             ReferenceProbe(run.policy, rollout, temperature, tolerance),
             RewardProbe(run.reward, rollout),
             Honesty(run.settings.seed, temperature, tolerance),
-            stops, Hacks(run, words, run.step),
+            stops, Hacks(run, words, Past(run.step)),
         )  # fmt: skip
 
     def ask(self, moment: Moment) -> Iterator[Alarm]:
