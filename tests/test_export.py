@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from resumable import settings_of, task_of
 from tether import cli
+from tether.card import Subject, model_card
 from tether.checkpoint import Checkpoints
-from tether.config import SamplingSettings
+from tether.config import RunSettings, SamplingSettings
 from tether.errors import ModelError, RunError
 from tether.export import export_run, push_to_hub
 from tether.models import load_policy
@@ -120,6 +121,34 @@ def test_the_card_says_what_it_is_on_which_string_and_what_came_of_it(runs: Path
         assert digest[:16] in card
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert yaml.safe_load((out / "tether_run.yaml").read_text())["model"]["mode"] == "lora"
+
+
+def test_the_card_names_the_layers_the_prompts_and_the_reward_as_they_were_said(tmp_path: Path) -> None:
+    told = {
+        "model": {"mode": "top"}, "data": {"prompts": "asked.jsonl"},
+        "reward": {"parts": {"kind": {"source": "org/kind", "weight": 0.7}, "short": "my.py:short"}},
+    }  # fmt: skip
+    rows = card_rows(told, tmp_path / "one", layers=3)
+    assert rows["trained"] == "top: the top 3 of 3 layers"
+    assert rows["prompts"] == "`asked.jsonl`"
+    assert rows["reward"] == "0.7 · kind (`org/kind`) + 1 · short (`my.py:short`) (sha256 `00ff`)"
+    told |= {"model": {"mode": "top", "top_layers": 2}, "data": {"prompts": ["a?", "b?"]}}
+    told["reward"] = {"ensemble": ["org/a", "org/b"], "ensemble_by": "min"}
+    rows = card_rows(told, tmp_path / "two", layers=30)
+    assert rows["trained"] == "top: the top 2 of 30 layers"
+    assert rows["prompts"] == "2 of the user's own"
+    assert rows["reward"] == "min of `org/a`, `org/b` (sha256 `00ff`)"
+
+
+def card_rows(told: dict[str, object], root: Path, layers: int) -> dict[str, str]:
+    """The table of how it was made, of a run with these settings."""
+    settings = RunSettings.model_validate(told)
+    subject = Subject("run", 2, "org/model", "whole model", layers, settings, {"reference": "aa", "reward": "00ff"})
+    with RunStore.create(root, "run", settings.dump()) as store:
+        card = model_card(store, subject)
+    assert "base_model: org/model" in card
+    rows = (line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ") and " | " in line)
+    return {row[0]: row[1] for row in rows if len(row) == 2}
 
 
 def test_a_warning_of_the_run_stands_in_the_card(runs: Path, tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from tether import __version__
-from tether.config import RunSettings
+from tether.config import JudgeSettings, RunSettings
 from tether.store import RunStore
 from tether.terminal import short
 
@@ -35,6 +36,8 @@ class Subject:
     """Where the SFT checkpoint came from."""
     kind: str
     """`adapters` or `whole model`."""
+    layers: int
+    """Decoder layers of the model."""
     settings: RunSettings
     digests: Mapping[str, str]
 
@@ -47,7 +50,7 @@ def model_card(store: RunStore, subject: Subject) -> str:
 
 def _front_matter(subject: Subject) -> str:
     lines = ["---", "library_name: " + ("peft" if subject.kind == "adapters" else "transformers")]
-    if not subject.base.startswith(("/", ".", "~")) and subject.base.count("/") == 1:  # a name on the hub, no path
+    if not Path(subject.base).exists() and subject.base.count("/") == 1:  # a name on the hub, no folder
         lines.append(f"base_model: {subject.base}")
     return "\n".join([*lines, "pipeline_tag: text-generation", "tags: [rlhf, ppo, tether]", "---"])
 
@@ -94,7 +97,7 @@ def _made(store: RunStore, subject: Subject) -> str:
     lineage = store.meta().get("lineage")
     rows = {
         "started from": f"`{subject.base}`, which is the reference too (sha256 `{subject.digests['reference'][:16]}`)",
-        "trained": f"{settings.model.mode}: {_what_trains(settings)}",
+        "trained": f"{settings.model.mode}: {_what_trains(subject)}",
         "prompts": _prompts(settings),
         "reward": _reward(settings, subject.digests),
         "updates": f"{subject.step} of {ppo.steps}, {ppo.batch_size} responses each, at most "
@@ -110,23 +113,40 @@ def _made(store: RunStore, subject: Subject) -> str:
     return "\n".join(["## How it was made", "", "| | |", "| --- | --- |", *lines])
 
 
-def _what_trains(settings: RunSettings) -> str:
+def _what_trains(subject: Subject) -> str:
+    model = subject.settings.model
     kinds = {
         "full": "all weights",
-        "lora": f"adapters of rank {settings.model.lora_rank}",
-        "top": f"the top {settings.model.top_layers} layers",
+        "lora": f"adapters of rank {model.lora_rank}",
+        "top": f"the top {model.trained_layers(subject.layers)} of {subject.layers} layers",
     }
-    return kinds[settings.model.mode]
+    return kinds[model.mode]
 
 
 def _prompts(settings: RunSettings) -> str:
-    return f"those of the world `{settings.world}`" if settings.world else "the user's own"
+    given = settings.data.prompts
+    if isinstance(given, str):
+        return f"`{given}`"
+    if settings.world and given is None:
+        return f"those of the world `{settings.world}`"
+    return "the user's own" if given is None else f"{len(given)} of the user's own"
 
 
 def _reward(settings: RunSettings, digests: Mapping[str, str]) -> str:
-    which = f"the reward model of the world `{settings.world}`" if settings.world else "the user's own"
+    if settings.reward.is_given:
+        which = _said(settings.reward)
+    else:
+        which = f"the reward model of the world `{settings.world}`" if settings.world else "the user's own"
     digest = digests.get("reward")
     return which + (f" (sha256 `{digest[:16]}`)" if digest else "")
+
+
+def _said(judge: JudgeSettings) -> str:
+    """A reward as the settings give it, with the weight of each part."""
+    if judge.parts:
+        return " + ".join(f"{part.weight:g} · {name} (`{part.source}`)" for name, part in judge.parts.items())
+    members = ", ".join(f"`{member}`" for member in judge.ensemble)
+    return f"{judge.ensemble_by} of {members}" if members else f"`{judge.source}`"
 
 
 def _checks(store: RunStore, step: int) -> str:

@@ -195,6 +195,10 @@ class PPOSettings(Settings):
         return self
 
 
+TOP_LAYERS = 6
+"""Layers that mode `top` trains where the settings do not say."""
+
+
 class ModelSettings(Settings):
     """What is trained, and how much of it."""
 
@@ -221,6 +225,10 @@ class ModelSettings(Settings):
         False, "Compute activations again on the way back: less memory, a third more time, the same numbers",
         used="TRL true, OpenRLHF, verl false",
     )  # fmt: skip
+
+    def trained_layers(self, layers: int) -> int:
+        """k of mode `top` in a model of so many layers."""
+        return self.top_layers or min(TOP_LAYERS, layers)
 
 
 class PreferenceSettings(Settings):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tether.card import CURVES, Subject, model_card
 from tether.database import complaints
 from tether.errors import ModelError, RunError
-from tether.loading import Source
+from tether.loading import Source, layer_count
 from tether.plots import plot_curves
 from tether.resume import Trained, find_point, open_trained
 from tether.runs import ROOT
@@ -99,7 +99,8 @@ def _fill(folder: Path, run: Path, trained: Trained, merged: bool) -> None:
         plot_curves([(store.name, store)], folder / CURVES)
         source = "a model in memory" if isinstance(trained.source, PreTrainedModel) else str(trained.source)
         digests = checkpoint.identity.digests
-        subject = Subject(store.name, checkpoint.step, source, kind, settings, digests)
+        layers = layer_count(trained.source)
+        subject = Subject(store.name, checkpoint.step, source, kind, layers, settings, digests)
         (folder / CARD_FILE).write_text(model_card(store, subject), "utf-8")
 
 

@@ -91,7 +91,7 @@ def plan(settings: RunSettings, shape: Shape, *, half: bool, prompt_tokens: int 
     """
     size = HALF if half else FLOAT
     mode, knobs = settings.model.mode, settings.ppo
-    top = min(settings.model.top_layers or 6, shape.layers)
+    top = min(settings.model.trained_layers(shape.layers), shape.layers)
     trained = {
         "full": shape.parameters,
         "top": top * shape.layer_parameters,

@@ -53,8 +53,6 @@ from tether.worlds.world import World
 from tether.writers import catch_up, helped
 
 EVALUATED_AT_ONCE = 64
-TOP_LAYERS = 6
-"""Layers that mode `top` trains where the settings do not say."""
 STOPPING = "stopping after this update, with a checkpoint; once more leaves at once"
 
 
@@ -108,7 +106,7 @@ def open_policy(
         source,
         tokenizer,
         mode=model.mode,
-        top_layers=model.top_layers or min(TOP_LAYERS, layer_count(source)),
+        top_layers=model.trained_layers(layer_count(source)),
         lora_rank=model.lora_rank,
         dtype=model.dtype,
         critic=model.critic,
