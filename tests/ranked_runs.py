@@ -30,7 +30,9 @@ from tether.runtime.ranks import joined
 from tether.session import Judges, Task, train_run
 
 STEPS = 5
-WORKERS = {"writer": "ray", "ray": {"rollout_workers": 2, "scoring_workers": 1}}
+WORKERS = {"writer": "ray", "ray": {"rollout_workers": 2, "scoring_workers": 1, "object_store_mb": 200}}
+REAL_WORKERS = "TETHER_TEST_REAL_WORKERS"
+"""Environment variable: workers on a Ray, not in the first process."""
 RUNS = {
     "full": settings_of("full", steps=STEPS, controller="fixed"),
     "lora": settings_of("lora", steps=STEPS, controller="fixed"),
@@ -85,7 +87,8 @@ def finish(run: Path, console: Console) -> None:
 
 
 def main() -> None:
-    tether.ray_run.ray_roles = local_roles  # workers without a Ray
+    if REAL_WORKERS not in os.environ:
+        tether.ray_run.ray_roles = local_roles
     folder, names = Path(sys.argv[1]), sys.argv[2:] or list(RUNS)
     with joined() as ranks:
         console = Console(quiet=not ranks.is_first)

@@ -1,6 +1,6 @@
 """A tiny run on a Ray of its own, which a process of its own can train, be killed in, and go on with.
 
-python ray_run_of.py FOLDER [overlap]       starts the run there, or goes on with it
+python ray_run_of.py FOLDER [overlap] [UPDATES]       starts the run there, or goes on with it
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def on_ray(*, overlap: bool = False, mode: str = "full", steps: int = STEPS, **r
     return settings_of(mode, steps=steps, runtime=runtime)
 
 
-def main(folder: str, overlap: str = "") -> None:
+def main(folder: str, overlap: str = "", updates: str = str(STEPS)) -> None:
     torch.set_num_threads(1)
     run, console = Path(folder), Console(file=sys.stderr)
     task = task_of(run.parent / "sft")
     if (run / "run.db").is_file():
         resume_run(run, lambda _: task, console)
     else:
-        train_run(task, on_ray(overlap=bool(overlap)), run.parent, run.name, console)
+        train_run(task, on_ray(overlap=bool(overlap), steps=int(updates)), run.parent, run.name, console)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import pytest
 import torch
 from rich.console import Console
 
+import ranked_runs
+from ranked_runs import REAL_WORKERS
 from ray_run_of import STEPS, WORKERS, on_ray
 from resumable import count_words, left_behind, settings_of, task_of
 from tether.batch import Prompt
@@ -200,6 +202,26 @@ def assert_same_course(got: dict[str, object], wanted: dict[str, object]) -> Non
 def test_two_writers_and_a_scorer_end_where_one_process_ends(tmp_path: Path, mode: str) -> None:
     alone = carry_out(tmp_path, "alone", settings_of(mode, steps=5))
     assert_same_course(carry_out(tmp_path, "helped", on_ray(mode=mode, steps=5)), alone)
+
+
+def test_two_learners_and_their_workers_end_where_one_process_ends(tmp_path: Path) -> None:
+    """The first of the two talks to Ray; the other hears from it."""
+    ranked = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)]),
+              "OMP_NUM_THREADS": "1", REAL_WORKERS: "1"}  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    names = ["full-with-workers", "top-with-workers"]
+    done = subprocess.run(
+        [*command, str(TESTS / "ranked_runs.py"), str(tmp_path), *names], env=ranked, capture_output=True, text=True,
+        timeout=800, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        mode = name.partition("-")[0]
+        ranked_runs.train(tmp_path / mode, ranked_runs.RUNS[mode], Console(quiet=True))
+        assert_same_course(left_behind(tmp_path / name), left_behind(tmp_path / mode))
+        with RunStore.open(tmp_path / name) as store:
+            told = store.meta()
+        assert (told["processes"]["count"], told["workers"]["runtime"]) == (2, "ray")  # type: ignore[index]
 
 
 def workers_of(run: Path) -> list[int]:
