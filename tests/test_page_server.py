@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 
 import tether
-from page_site import STEER, browser, make_run, post, process_of_another_machine, record, site
+from page_site import (
+    SETTINGS,
+    STEER,
+    browser,
+    make_run,
+    post,
+    process_of_another_machine,
+    record,
+    sample,
+    site,
+)
 from tether.control import Control
 from tether.errors import RunError
 from tether.page.ghost import Bank, ghost, reweight
@@ -186,6 +196,23 @@ def test_the_ghost_is_faded_where_few_samples_bear_it_and_where_there_are_none()
     assert all(a >= b - 1e-12 for a, b in zip(told["gain"], told["gain"][1:], strict=False))
     assert not any(ghost(None)["solid"])
     assert ghost(None)["source"] == "gaussian"
+
+
+def test_a_run_without_a_bank_has_the_ghost_of_its_first_replies_and_never_solid(tmp_path: Path) -> None:
+    """Sixteen replies from before the first update, as if of one prompt: their weights are written out by hand."""
+    settings = {key: value for key, value in SETTINGS.items() if key != "world"}
+    with RunStore.create(tmp_path, "run", settings) as store, store.update(0) as entry:
+        for row in range(16):
+            entry.sample(sample(0, row, "probe"))
+    told = browser(site(tmp_path)).get("/api/runs/run/ghost").json()
+    best = np.exp(np.arange(16.0) / told["betas"][100])
+    best /= best.sum()
+    assert told["source"] == "start"
+    assert told["score"][100] == pytest.approx(float(best @ np.arange(16.0)))
+    assert told["start"] == pytest.approx(7.5)
+    assert told["ess"][-1] > 10
+    assert not any(told["solid"])
+    assert "one a prompt" in told["caption"]
 
 
 # ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tether.batch import Policy, Reward
@@ -44,9 +45,20 @@ def draw_bank(
         rollout = sample(policy, prompts, uniforms(seed, "bank", 0, prompts.keys, settings.max_new_tokens), settings)
         for name, rows in found.items():
             rows.append(score(judges[name], rollout).totals.reshape(-1, copies))
-    scores = {name: torch.cat(rows).double().tolist() for name, rows in found.items()}
-    rounded = {name: [[round(x, DECIMALS) for x in row] for row in rows] for name, rows in scores.items()}
-    return {"scores": rounded["score"], "gold": rounded.get("gold")}
+    scores = {name: torch.cat(rows) for name, rows in found.items()}
+    return bank_of(scores["score"], scores.get("gold"))
+
+
+def bank_of(
+    scores: Float[Tensor, "prompts samples"], gold: Float[Tensor, "prompts samples"] | None
+) -> dict[str, object]:
+    """What the file holds of these scores."""
+
+    def rounded(rows: Tensor) -> list[list[float]]:
+        return [[round(x, DECIMALS) for x in row] for row in rows.double().tolist()]
+
+    known = gold is not None and not bool(gold.isnan().any())
+    return {"scores": rounded(scores), "gold": rounded(gold) if gold is not None and known else None}
 
 
 def keep_bank(

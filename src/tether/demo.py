@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from tether.bank import BANK_FILE, bank_of
 from tether.config import RunSettings
+from tether.database import to_json
 from tether.errors import ModelError, RunError
-from tether.evaluation import BestOf, draw_best_of_n
+from tether.evaluation import BestOf, best_of_n, draw_scores
 from tether.page.report import write_report
 from tether.plots import BestOfN, Trail, moving_mean, plot_curves, plot_frontier
 from tether.recipe_files import load_recipe
@@ -78,7 +80,7 @@ def main(
         STRING: finished_run(task, settings, out / "runs", STRING, console),
         NO_STRING: finished_run(task, loose, out / "runs", NO_STRING, console),
     }
-    best_of = best_of_reference(task, settings, out / "best_of_n.json", console)
+    best_of = best_of_reference(task, settings, out / "best_of_n.json", list(folders.values()), console)
     outcome = Outcome({name: RunStore.open(folder) for name, folder in folders.items()}, best_of, settings)
     pictures = [draw_curves(outcome, out), draw_frontier(outcome, out), write_samples(outcome, out)]
     if json:
@@ -133,8 +135,13 @@ def has_settings(folder: Path, settings: RunSettings) -> bool:
         return False
 
 
-def best_of_reference(task: Task, settings: RunSettings, path: Path, console: Console) -> list[BestOf]:
-    """Best-of-n from the reference, the baseline that needs no training; kept in `path`."""
+def best_of_reference(
+    task: Task, settings: RunSettings, path: Path, folders: Sequence[Path], console: Console
+) -> list[BestOf]:
+    """Best-of-n from the reference, the baseline that needs no training; kept in `path`.
+
+    The scores that it is drawn from are left in the run folders without a bank of their own, for the page's ghost.
+    """
     if path.is_file():
         kept = jsonlib.loads(path.read_text("utf-8"))
         if kept["settings"] == settings.dump():
@@ -145,15 +152,14 @@ def best_of_reference(task: Task, settings: RunSettings, path: Path, console: Co
     ns, knobs = settings.evaluation.best_of, settings.ppo
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task(f"best of {max(ns)} from the reference", total=len(prompts))
-        best_of = draw_best_of_n(
-            policy,
-            source,
-            task.judges.all,
-            knobs.sampling,
-            ns,
-            knobs.seed,
+        scores, gold = draw_scores(
+            policy, source, task.judges.all, knobs.sampling, knobs.seed,
             lambda done: progress.update(bar, completed=done),
-        )
+        )  # fmt: skip
+    for bank in (folder / BANK_FILE for folder in folders):
+        if not bank.exists():
+            bank.write_text(to_json(bank_of(scores, gold)), "utf-8")
+    best_of = [best_of_n(scores, gold, n) for n in ns]
     entries = [{"n": best.n, "score": best.score, "gold": best.gold} for best in best_of]
     path.write_text(jsonlib.dumps({"settings": settings.dump(), "best_of": entries}), "utf-8")
     return best_of

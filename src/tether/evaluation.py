@@ -190,9 +190,22 @@ def draw_best_of_n(
     seed: int,
     tick: Callable[[int], None],
 ) -> list[BestOf]:
-    """Best-of-n of the policy as it stands, on every prompt of the source, for each n.
+    """Best-of-n of the policy as it stands, on every prompt of the source, for each n; as `draw_scores`."""
+    scores, gold = draw_scores(policy, source, judges, settings, seed, tick)
+    return [best_of_n(scores, gold, n) for n in ns]
 
-    The source repeats each prompt max(n) times, one prompt a batch; `tick` is called with the number of prompts done.
+
+def draw_scores(
+    policy: Policy,
+    source: PromptSource,
+    judges: Mapping[str, Reward],
+    settings: SamplingSettings,
+    seed: int,
+    tick: Callable[[int], None],
+) -> tuple[Float[Tensor, "prompts samples"], Float[Tensor, "prompts samples"]]:
+    """Scores and gold (NaN where there is none) of responses of the policy as it stands, to every prompt of the source.
+
+    The source repeats each prompt, one prompt a batch; `tick` is called with the number of prompts done.
     """
     scores: list[Tensor] = []
     gold: list[Tensor] = []
@@ -204,4 +217,4 @@ def draw_best_of_n(
         known = "gold" in judges
         gold.append(score(judges["gold"], rollout).totals if known else torch.full_like(scores[-1], torch.nan))
         tick(part + 1)
-    return [best_of_n(torch.stack(scores), torch.stack(gold), n) for n in ns]
+    return torch.stack(scores), torch.stack(gold)

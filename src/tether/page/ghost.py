@@ -3,9 +3,11 @@
     π*(y|x) = π_ref(y|x)·e^{r/β}/Z(x)      weights w_i ∝ e^{r_i/β} over the samples of a prompt
     score = Σ w r      KL(π*‖π_ref) = Σ w·log(n·w)      ESS = 1/Σ w²       each averaged over prompts
 
-Self-normalised importance sampling: good while many samples bear weight (ESS ≥ 20), a guess beyond. Without samples a
-normal distribution of scores stands in: Δr = σ²/β, K = σ²/(2β²), on the ceiling Δr = σ·√(2K). It is a bound on what
-PPO can reach against this reward, not a promise about what it means. Knows no run. Read next: `facts.py`.
+Self-normalised importance sampling: good while many samples bear weight (ESS ≥ 20), a guess beyond. A run that kept no
+bank still has one reply to each fixed prompt from before its first update: these are reweighted as if of one prompt, so
+that choosing among prompts counts as well, which no policy can; never solid. Without any sample a normal distribution
+of scores stands in: Δr = σ²/β, K = σ²/(2β²), on the ceiling Δr = σ·√(2K). It is a bound on what PPO can reach against
+this reward, not a promise about what it means. Knows no run. Read next: `facts.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ BETAS = tuple(float(beta) for beta in np.geomspace(0.01, 10.0, 121))
 SOLID = 20.0
 """Effective samples from which on the ghost is drawn solid."""
 CEILING_KL = tuple(float(kl) for kl in np.linspace(0.0, 50.0, 101))
-CAPTION = "the best this reward model could give, not a promise"
+FEWEST = 16
+"""Replies from before the first update below which they tell nothing of the scores' distribution."""
+CAPTIONS = {
+    "bank": "the best this reward model could give, not a promise",
+    "start": "from this run's own replies before its first update, one a prompt: what differs between prompts counts "
+    "too. `tether demo` draws many replies a prompt",
+    "gaussian": "no reply of the reference is kept in this run: a normal law of the scores stands in",
+}
+"""Where the ghost comes from, as the page tells it."""
 BEST_OF = (2, 4, 16, 64)
 
 Facts = dict[str, object]
@@ -56,6 +66,12 @@ class Bank:
         usable = scores.ndim == 2 and scores.size > 0 and bool(np.isfinite(scores).all())
         return Bank(scores, gold, source) if usable else None
 
+    @staticmethod
+    def of_start(scores: Sequence[float]) -> Bank | None:
+        """Replies to as many prompts, one each, as if they were all of one; None where there are too few."""
+        known = np.asarray([score for score in scores if math.isfinite(score)], np.float64)
+        return Bank(known[None, :], None, "start") if len(known) >= FEWEST else None
+
 
 def ghost(bank: Bank | None, sigma: float = 1.0, betas: Sequence[float] = BETAS) -> Facts:
     """The ghost as the page is told."""
@@ -64,11 +80,13 @@ def ghost(bank: Bank | None, sigma: float = 1.0, betas: Sequence[float] = BETAS)
     scores, kl, ess = reweight(bank.scores, betas)
     start = float(bank.scores.mean())
     spread = float(np.sqrt(bank.scores.var(axis=1).mean()))
+    solid = (ess >= SOLID) & (bank.source != "start")
     return {
         "source": bank.source, "prompts": bank.scores.shape[0], "samples": bank.scores.shape[1], "unit": "score",
         "betas": list(betas), "score": scores.tolist(), "gain": (scores - start).tolist(), "kl": kl.tolist(),
-        "ess": ess.tolist(), "solid": (ess >= SOLID).tolist(), "start": start,
-        "best_of": best_of(bank, start), "ceiling": _ceiling(spread), "caption": CAPTION,
+        "ess": ess.tolist(), "solid": solid.tolist(), "start": start,
+        "best_of": [] if bank.source == "start" else best_of(bank, start), "ceiling": _ceiling(spread),
+        "caption": CAPTIONS.get(bank.source, CAPTIONS["bank"]),
     }  # fmt: skip
 
 
@@ -112,7 +130,8 @@ def _gaussian(sigma: float, betas: Sequence[float]) -> Facts:
     return {
         "source": "gaussian", "prompts": 0, "samples": 0, "unit": "score", "betas": list(betas), "score": gain,
         "gain": gain, "kl": [sigma**2 / (2 * beta**2) for beta in betas], "ess": [0.0] * len(betas),
-        "solid": [False] * len(betas), "start": 0.0, "best_of": [], "ceiling": _ceiling(sigma), "caption": CAPTION,
+        "solid": [False] * len(betas), "start": 0.0, "best_of": [], "ceiling": _ceiling(sigma),
+        "caption": CAPTIONS["gaussian"],
     }  # fmt: skip
 
 

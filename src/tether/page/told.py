@@ -57,12 +57,14 @@ def cached_verdict(shelf: Shelf, reader: Reader) -> facts.Facts:
 
 
 def ghost_of(reader: Reader) -> facts.Facts:
-    """The ghost of a run: from its own samples, else those shipped for its world, else a normal distribution."""
+    """The ghost of a run: from its bank, else that shipped for its world, else its first replies, else a normal law."""
     bank = Bank.read(reader.path / BANK_FILE, "bank")
     meta = reader.meta()
     if bank is None and knob(meta.get("config"), "world") == "nano":
         shipped = json.loads(learn_text()).get("nano", {})
         bank = Bank.of(shipped.get("bank"), "shipped") if isinstance(shipped, dict) else None
+    if bank is None:
+        bank = Bank.of_start([sample.score for sample in reader.samples("probe", 0)])
     sigma = meta.get("sigma")
     return ghost(bank, float(sigma) if isinstance(sigma, int | float) else 1.0)
 

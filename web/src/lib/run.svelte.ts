@@ -1,7 +1,7 @@
 /// One run as the page knows it: its head, curves, commands, alarms. It is filled by a source and then by the stream.
 
 import type {
-  Command, Commands, GhostTable, Heartbeat, Knob, RunEvent, RunHead, RunRow, Verdict,
+  Command, Commands, GhostTable, Heartbeat, Job, Knob, RunEvent, RunHead, RunRow, Verdict,
 } from './api'
 import { Curve } from './curve'
 import type { Source } from './source'
@@ -13,7 +13,6 @@ export const FIRST_NAMES = [
   'eval/score', 'eval/gold', 'eval/kl', 'eval/win_rate',
 ] as const
 const WIDTH = 1200
-const START = 3
 
 export class RunView {
   row = $state.raw<RunRow | null>(null)
@@ -109,8 +108,13 @@ export class RunView {
     return command
   }
 
-  fork(body: Record<string, unknown>): Promise<unknown> {
-    return this.source.post(this.path('/fork'), body)
+  fork(body: Record<string, unknown>): Promise<Job> {
+    return this.source.post<Job>(this.path('/fork'), body)
+  }
+
+  /** Go on with a run that was stopped or killed. */
+  goOn(): Promise<Job> {
+    return this.source.post<Job>(this.path('/resume'), {})
   }
 
   // ── what the stream says ──────────────────────────────────────────────────────────────────────────────────────────
@@ -181,13 +185,18 @@ export class RunView {
   }
 
   get start(): number {
-    return this.curve('score/mean').first(START)
+    return this.startOf('score/mean')
+  }
+
+  /** A score of the policy before it moved: of the evaluation at update 0, else of the first update's own replies. */
+  startOf(name: string): number {
+    const asked = this.curve(name === 'score/mean' ? 'eval/score' : name.replace('score/', 'eval/'))
+    return asked.length && asked.steps[0] === 0 ? asked.first(1) : this.curve(name).first(1)
   }
 
   /** Score gained over the start, a mean of the last few updates. */
   gain(name = 'score/mean', recent = 3): number {
-    const curve = this.curve(name)
-    return curve.recent(recent) - curve.first(START)
+    return this.curve(name).recent(recent) - this.startOf(name)
   }
 
   get kl(): number {
