@@ -106,6 +106,35 @@ def test_a_server_that_has_another_model_or_sees_no_weights_is_told_with_the_fol
         at(routes.url).load(tmp_path, "run-1")
 
 
+def test_a_server_that_took_a_part_of_the_weights_answers_others_by_a_version_that_is_nobodys(tmp_path: Path) -> None:
+    with serving(broken=("/collective_rpc",)) as routes:
+        with pytest.raises(WorkerError):
+            at(routes.url).load(tmp_path, "run-1")
+        assert routes.asked[-1][0] == "/resume"
+        assert routes.weights == "run-1-broken"
+        assert routes.weights.rpartition("-")[0] not in ("run", "default")
+
+
+def test_a_cpu_that_packs_its_head_is_refused_for_embeddings_that_train() -> None:
+    """A vLLM on a CPU keeps a tied head as it was; on a GPU, or told that the two are two, it does not."""
+    model = {"logprobs_mode": "processed_logprobs"}
+    cpu, gpu = {"device_config": {"device": "cpu"}}, {"device_config": {"device": "cuda"}}
+    split = {"model_config": model | {"hf_overrides": {"tie_word_embeddings": False}}}
+    for config in (gpu, cpu | split):
+        with serving(config=config) as routes:
+            VllmServer.at(routes.url, 5.0, 0.7, untied=True)
+    with serving(config=cpu) as routes:
+        VllmServer.at(routes.url, 5.0, 0.7)
+        with pytest.raises(WorkerError, match=r"--hf-overrides '\{\"tie_word_embeddings\": false\}'"):
+            VllmServer.at(routes.url, 5.0, 0.7, untied=True)
+
+
+def test_a_server_that_tells_of_itself_in_another_form_is_named_with_its_version() -> None:
+    told = r"the vLLM 0.40.0 at .* in another form than 0.32.0"
+    with serving(version="0.40.0", config={"model_config": {}}) as routes, pytest.raises(WorkerError, match=told):
+        at(routes.url)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

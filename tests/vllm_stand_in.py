@@ -96,6 +96,8 @@ class Routes:
     broken: tuple[str, ...] = ()
     """Routes that fail inside."""
     asked: list[tuple[str, dict]] = field(default_factory=list)
+    config: dict = field(default_factory=dict)
+    """More of what it tells of itself."""
     seconds: float = 0.0
     """Before each answer."""
     over: threading.Event = field(default_factory=threading.Event)
@@ -115,7 +117,7 @@ class Routes:
         return 200, {
             "/version": {"version": self.version},
             "/weight_info": {"weight_version": self.weights},
-            "/server_info": {"vllm_config": {"model_config": {"logprobs_mode": self.mode}}},
+            "/server_info": {"vllm_config": {"model_config": {"logprobs_mode": self.mode}} | self.config},
         }.get(route, {})
 
     def says(self, body: dict) -> dict:

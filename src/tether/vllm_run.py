@@ -23,6 +23,7 @@ from tether.models import LanguagePolicy
 from tether.runtime.ranks import here
 from tether.runtime.vllm_engine import Engine
 from tether.vllm_writer import VllmWriter
+from tether.weights import tied_names
 
 SHARED_MEMORY = Path("/dev/shm")
 GIB = 2**30
@@ -69,7 +70,8 @@ def open_engine(settings: RunSettings, policy: LanguagePolicy, model: Path) -> E
     from tether.runtime.vllm_server import Launch, VllmServer
 
     if knobs.address is not None:
-        return VllmServer.at(knobs.address, knobs.answer_seconds, settings.ppo.sampling.temperature)
+        temperature, untied = settings.ppo.sampling.temperature, bool(tied_names(policy))
+        return VllmServer.at(knobs.address, knobs.answer_seconds, temperature, untied=untied)
     options = (*(("--enforce-eager",) if eager else ()), *knobs.options)
     launch = Launch(knobs.python or sys.executable, dtype, cache, knobs.start_seconds, options)
     return VllmServer.start(launch, model, knobs.answer_seconds)

@@ -225,7 +225,7 @@ def _amounts(resources: dict[str, float]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
 
 
 def _last_line(text: str) -> str:

@@ -210,4 +210,4 @@ def _as_raised(answer: Answer, prefix: str) -> TetherError:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")

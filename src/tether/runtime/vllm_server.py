@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from tether.runtime.vllm_wire import UNIX, SilentError, Wire, WireError
 
 AT_ONCE = 256
 """Questions in flight; the server batches what has arrived."""
+BROKEN = "broken"
+"""End of the version of weights that arrived in part."""
 LOOK_EVERY_SECONDS = 0.2
 QUICK_SECONDS = 30.0
 """For what needs no model."""
@@ -89,13 +92,13 @@ class VllmServer:
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="vllm")
 
     @staticmethod
-    def at(address: str, seconds: float, temperature: float) -> VllmServer:
-        """One that runs already, seen to be able to do what is asked of it.
+    def at(address: str, seconds: float, temperature: float, *, untied: bool = False) -> VllmServer:
+        """One that runs already, seen to be fit; `untied`: for a head that is sent beside embeddings it is tied to.
 
         Raises ConfigError where the address is none, and WorkerError where no fitting server answers there.
         """
         server = VllmServer(Wire(address), seconds)
-        server.require_fit(temperature)
+        server.require_fit(temperature, untied=untied)
         return server
 
     @staticmethod
@@ -139,12 +142,19 @@ class VllmServer:
         try:
             self._ask("POST", "/collective_rpc", reload)
         except WorkerError as fault:
+            self._leave_as_broken(f"{version}-{BROKEN}")
             raise WorkerError(
                 f"{fault}; wanted a server that holds this model and sees the weights at {folder}: for one on another "
                 "machine, runtime.vllm.folder names a folder that both see"
             ) from fault
         self._ask("POST", "/update_weight_version", {"new_version": version})
         self._ask("POST", "/resume")
+
+    def _leave_as_broken(self, version: str) -> None:
+        """Let a server that took a part of the weights answer others again, by a version that is nobody's."""
+        with suppress(WorkerError):
+            self._ask("POST", "/update_weight_version", {"new_version": version})
+            self._ask("POST", "/resume")
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -178,8 +188,8 @@ class VllmServer:
             return False
         return True
 
-    def require_fit(self, temperature: float) -> None:
-        """Raise WorkerError unless the server has the routes, and tells the log-probabilities that it draws with."""
+    def require_fit(self, temperature: float, *, untied: bool = False) -> None:
+        """Raise WorkerError unless the server has the routes, tells what it draws with, and takes a head that is sent."""
         try:
             version = str(self._wire.ask("GET", "/version", seconds=QUICK_SECONDS)["version"])
         except (WireError, KeyError, TypeError) as fault:
@@ -192,7 +202,16 @@ class VllmServer:
                 f"the vLLM {version} at {self._wire.address} has no weight versions ({fault}); wanted {PROVED} or one "
                 f"like it: {DEVELOPMENT}`"
             ) from fault
-        mode = told["vllm_config"]["model_config"]["logprobs_mode"]
+        try:
+            mode, packed = told["vllm_config"]["model_config"]["logprobs_mode"], _packs_tied_head(told["vllm_config"])
+        except (KeyError, TypeError, AttributeError) as fault:
+            raise WorkerError(f"the vLLM {version} at {self._wire.address} tells of itself in another form than "
+                              f"{PROVED}: {fault!r}") from fault  # fmt: skip
+        if untied and packed:
+            raise WorkerError(
+                f"the vLLM at {self._wire.address} runs on a CPU, where it keeps the head that it packed at its start, and "
+                "this policy trains its head; start it with --hf-overrides '{\"tie_word_embeddings\": false}'"
+            )
         if mode != LOGPROBS and temperature != 1.0:
             raise WorkerError(
                 f"the vLLM at {self._wire.address} tells {mode}, which at temperature {temperature:g} are not those "
@@ -309,6 +328,14 @@ def _read(told: Any) -> Answer:
     if reason not in ("stop", "length"):
         raise WorkerError(f"vLLM gave up a response: {reason}")
     return Answer(tokens, logprobs, reason == "stop", versions)
+
+
+def _packs_tied_head(config: Mapping[str, Any]) -> bool:
+    """Whether weights that are sent for the head would not arrive."""
+    model, device = config["model_config"], config.get("device_config") or {}
+    overrides = model.get("hf_overrides") or {}
+    is_untied = overrides.get("tie_word_embeddings") is False or model.get("word_embeddings_untied_by_checkpoint")
+    return device.get("device") == "cpu" and not is_untied
 
 
 def _environment() -> dict[str, str]:
