@@ -189,7 +189,7 @@ class VllmServer:
         return True
 
     def require_fit(self, temperature: float, *, untied: bool = False) -> None:
-        """Raise WorkerError unless the server has the routes, tells what it draws with, and takes a head that is sent."""
+        """Raise WorkerError unless the server has the routes, tells what it draws with, and takes a head of its own."""
         try:
             version = str(self._wire.ask("GET", "/version", seconds=QUICK_SECONDS)["version"])
         except (WireError, KeyError, TypeError) as fault:
@@ -209,7 +209,7 @@ class VllmServer:
                               f"{PROVED}: {fault!r}") from fault  # fmt: skip
         if untied and packed:
             raise WorkerError(
-                f"the vLLM at {self._wire.address} runs on a CPU, where it keeps the head that it packed at its start, and "
+                f"the vLLM at {self._wire.address} runs on a CPU, which keeps the head that it packed at its start, and "
                 "this policy trains its head; start it with --hf-overrides '{\"tie_word_embeddings\": false}'"
             )
         if mode != LOGPROBS and temperature != 1.0:
