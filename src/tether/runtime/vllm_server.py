@@ -209,7 +209,7 @@ class VllmServer:
                               f"{PROVED}: {fault!r}") from fault  # fmt: skip
         if untied and packed:
             raise WorkerError(
-                f"the vLLM at {self._wire.address} runs on a CPU, which keeps the head that it packed at its start, and "
+                f"the vLLM at {self._wire.address} runs on a CPU and keeps the head that it packed at its start, and "
                 "this policy trains its head; start it with --hf-overrides '{\"tie_word_embeddings\": false}'"
             )
         if mode != LOGPROBS and temperature != 1.0:
