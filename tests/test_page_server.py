@@ -212,7 +212,7 @@ def test_a_run_without_a_bank_has_the_ghost_of_its_first_replies_and_never_solid
     assert told["start"] == pytest.approx(7.5)
     assert told["ess"][-1] > 10
     assert not any(told["solid"])
-    assert "one a prompt" in told["caption"]
+    assert "one reply to each fixed prompt" in told["caption"]
 
 
 # ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────

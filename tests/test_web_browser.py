@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from page_runs import EVIL, make_run, numbers
+from tether.store import RunStore
 from web_pages import MARKS, ROOT, Trainer, chromium, is_idle, opened, served, until, updates_of
 
 AXE = ROOT / "web" / "node_modules" / "axe-core" / "axe.min.js"
@@ -148,6 +149,39 @@ def test_nothing_is_wider_than_a_small_phone(browser: Any, address: str, screen:
     with opened(browser, address, f"{screen}{'&' if '?' in screen else '?'}run=string", **phone) as page:
         page.wait_for_timeout(800)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_run_on_a_slow_disk_is_asked_again_until_it_answers(browser: Any, address: str) -> None:
+    """The first question to the run and to its curves are answered as by a disk that hangs."""
+    context = browser.new_context()
+    page = context.new_page()
+    refused: list[str] = []
+
+    def once(route: Any) -> None:
+        path = route.request.url.partition("?")[0]
+        if path in refused:
+            return route.continue_()
+        refused.append(path)
+        return route.fulfill(status=503, content_type="application/json", body='{"error": "its disk did not answer"}')
+
+    page.route(re.compile(r"/api/runs/string(/history\?.*)?$"), once)
+    page.goto(f"{address}#/play?run=string")
+    until(page, lambda: page.locator("canvas").count() >= 9)
+    assert len(refused) == 2
+    assert "update 60 of 60" in page.inner_text(".standing")
+    context.close()
+
+
+def test_an_alarm_is_told_beside_a_string_that_holds(browser: Any, tmp_path: Path) -> None:
+    with RunStore.open(make_run(tmp_path, "far"), readonly=False) as store, store.update(60) as update:
+        told = {"seen": "57% of tokens clipped", "remedy": "fewer epochs", "evidence": {"ten": ["a reply", "another"]}}
+        update.metrics({"seconds/checks": 0.1, "kl/mean": 1.0})
+        update.event("too_many_epochs", told, "alarm")
+    with served(tmp_path) as address, opened(browser, address, "attached?run=far") as page:
+        until(page, lambda: "HOLDING" in page.inner_text(".verdict"))
+        assert "one check has something to say" in page.inner_text(".verdict")
+        assert page.inner_text(".bar .badge") == "an alarm"
+        assert page.locator(".incident li").all_inner_texts() == ["a reply", "another"]
 
 
 def test_with_reduced_motion_nothing_moves(browser: Any, address: str) -> None:

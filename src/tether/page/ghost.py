@@ -30,8 +30,8 @@ FEWEST = 16
 """Replies from before the first update below which they tell nothing of the scores' distribution."""
 CAPTIONS = {
     "bank": "the best this reward model could give, not a promise",
-    "start": "from this run's own replies before its first update, one a prompt: what differs between prompts counts "
-    "too. `tether demo` draws many replies a prompt",
+    "start": "from one reply to each fixed prompt before the first update: rather high, for no policy can choose its "
+    "prompts",
     "gaussian": "no reply of the reference is kept in this run: a normal law of the scores stands in",
 }
 """Where the ghost comes from, as the page tells it."""

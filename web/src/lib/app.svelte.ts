@@ -69,7 +69,7 @@ class App {
     if (fresh.length) {
       const views = fresh.map((id) => new RunView(id, this.source))
       this.open = { ...this.open, ...Object.fromEntries(views.map((view) => [view.id, view])) }
-      void Promise.all(views.map((view) => view.load())).then(() => this.follow())
+      for (const view of views) void view.load().then(() => this.follow()) // a slow one holds up no other
     } else this.follow()
   }
 

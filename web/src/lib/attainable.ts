@@ -24,7 +24,7 @@ export function fromTable(table: GhostTable): Attainable[] {
     const share = Math.min(1, Math.max(0, (z - logs[i]!) / (logs[i + 1]! - logs[i]!)))
     const mix = (column: number[]) => column[i]! * (1 - share) + column[i + 1]! * share
     const ess = mix(table.ess)
-    return { beta, gain: mix(table.gain), kl: mix(table.kl), ess, solid: table.source !== 'gaussian' && ess >= SOLID_ESS }
+    return { beta, gain: mix(table.gain), kl: mix(table.kl), ess, solid: !['gaussian', 'start'].includes(table.source) && ess >= SOLID_ESS }
   })
 }
 

@@ -4,7 +4,7 @@ import type {
   Command, Commands, GhostTable, Heartbeat, Job, Knob, RunEvent, RunHead, RunRow, Verdict,
 } from './api'
 import { Curve } from './curve'
-import type { Source } from './source'
+import { Refused, type Source } from './source'
 
 export const FIRST_NAMES = [
   'score/mean', 'score/gold', 'score/holdout', 'kl/mean', 'kl/full', 'beta', 'entropy/per_token', 'length/mean',
@@ -13,6 +13,8 @@ export const FIRST_NAMES = [
   'eval/score', 'eval/gold', 'eval/kl', 'eval/win_rate',
 ] as const
 const WIDTH = 1200
+/** A disk that does not answer just now is asked again after this. */
+const AGAIN_MS = 2000
 
 export class RunView {
   row = $state.raw<RunRow | null>(null)
@@ -56,6 +58,10 @@ export class RunView {
       this.error = null
       this.loaded = true
     } catch (error) {
+      if (error instanceof Refused && error.status === 503) {
+        await new Promise((again) => setTimeout(again, AGAIN_MS))
+        return this.load()
+      }
       this.error = (error as Error).message
       return
     }
@@ -69,7 +75,10 @@ export class RunView {
     const fresh = names.filter((name) => !this.asked.has(name))
     if (!fresh.length) return
     fresh.forEach((name) => this.asked.add(name))
-    const columns = await this.source.history(this.id, fresh, WIDTH)
+    const columns = await this.source.history(this.id, fresh, WIDTH).catch((error: unknown) => {
+      fresh.forEach((name) => this.asked.delete(name))
+      throw error
+    })
     for (const [name, { steps, values }] of Object.entries(columns)) this.curves.set(name, Curve.of(steps, values))
     this.touch()
   }
@@ -213,6 +222,11 @@ export class RunView {
 
   get word(): string | null {
     return this.verdict?.verdict ?? this.row?.verdict ?? null
+  }
+
+  /** Alarms that last; warnings are none. */
+  get alarming(): number {
+    return (this.verdict?.alarms ?? []).filter((alarm) => alarm.lasts && alarm.severity === 'alarm').length
   }
 
   private touch(): void {
