@@ -29,14 +29,18 @@ def told(
     nats: float = 4.0,
     updates: int = UPDATES,
     gain: float = 2.0,
+    fall: float = 0.0,
 ) -> dict[str, set[str]]:
-    """What is said of a climb of which the hold-out judge sees `share`, and in which gold gains `gold`; by reason."""
+    """What is said of a climb of which the hold-out judge sees `share`, and in which gold gains `gold`, by reason.
+
+    From update 40 on gold loses `fall` in every twenty updates.
+    """
     climb, draw, said = Climb(), np.random.default_rng(0), dict[str, set[str]]()
     for step in range(updates):
         risen = min(1.0, step / 40)
         metrics = {
             "score/mean": gain * risen, "score/std": 1.0, "kl/mean": nats * risen, "beta": 0.2,
-            "score/holdout": share * gain * risen, "score/gold": gold * risen,
+            "score/holdout": share * gain * risen, "score/gold": gold * risen - fall * max(0, step - 40) / 20,
         }  # fmt: skip
         noisy = {name: value + (0.1 * draw.normal() if "/mean" in name or "/h" in name or "/g" in name else 0.0)
                  for name, value in metrics.items()}  # fmt: skip
@@ -53,6 +57,11 @@ def test_an_honest_climb_is_left_alone(share: float, gold: float) -> None:
 
 def test_a_judge_that_falls_alone_is_suspect() -> None:
     assert told(0.5, -1.0) == {"over_optimised": {"warning"}}
+
+
+def test_a_judge_that_has_lost_half_of_what_it_had_gained_is_suspect_though_it_is_above_its_start() -> None:
+    assert told(0.5, 1.0, fall=0.7) == {"over_optimised": {"warning"}}
+    assert told(0.5, 1.0, fall=0.3) == {}
 
 
 def test_a_hold_out_judge_that_sees_nothing_of_the_gain_alone_is_suspect() -> None:

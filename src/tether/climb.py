@@ -132,7 +132,8 @@ class Climb:
             # A string that reels the policy in takes score and judge back together: that is no climb.
             own, fallen = self._gain(name), self._fall(name) - self._fall("score/mean")
             told, error = {"score": gain, name: own, "fall": fallen}, SURE * self._error(name)
-            if -own > max(0.2 * gain, error) or fallen > max(0.4 * gain, 1.5 * error):
+            most = own + self._fall(name)  # what it had gained at its peak
+            if -own > max(0.2 * gain, error) or fallen > max(min(0.4 * gain, 0.5 * most), error):
                 seen = f"the score gained {gain:.2f}, and {_JUDGE[name]} {own:+.2f}, {fallen:.2f} below its peak"
                 yield Sign("over_optimised", "judges", seen, told)
             elif name == "score/holdout" and gain - own > max(0.75 * gain, error):
