@@ -60,7 +60,7 @@ def test_a_judge_that_falls_alone_is_suspect() -> None:
 
 
 def test_a_judge_that_has_lost_half_of_what_it_had_gained_is_suspect_though_it_is_above_its_start() -> None:
-    assert told(0.5, 1.0, fall=0.7) == {"over_optimised": {"warning"}}
+    assert told(0.5, 1.0, fall=1.0) == {"over_optimised": {"warning"}}
     assert told(0.5, 1.0, fall=0.3) == {}
 
 
