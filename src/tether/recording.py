@@ -51,10 +51,12 @@ def lesson_line(step: int, metrics: Mapping[str, float]) -> str:
 
     >>> lesson_line(20, {"score/mean": 0.58, "kl/mean": 0.082, "loss/policy": -0.048, "loss/value": 0.21})
     'step 020 reward=+0.58 kl=0.082 policy_loss=-0.048 value_loss=0.21'
+    >>> lesson_line(1, {"score/mean": -0.001, "kl/mean": -0.0002, "loss/policy": -0.048, "loss/value": 0.21})
+    'step 001 reward=+0.00 kl=0.000 policy_loss=-0.048 value_loss=0.21'
     """
     return (
-        f"step {step:03d} reward={metrics['score/mean']:+.2f} kl={metrics['kl/mean']:.3f} "
-        f"policy_loss={metrics['loss/policy']:+.3f} value_loss={metrics['loss/value']:.2f}"
+        f"step {step:03d} reward={metrics['score/mean']:+z.2f} kl={metrics['kl/mean']:z.3f} "
+        f"policy_loss={metrics['loss/policy']:+z.3f} value_loss={metrics['loss/value']:.2f}"
     )
 
 
