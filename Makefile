@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test check mutants kill hosts demo demo-nano clean compat bench faults
+.PHONY: setup test check mutants kill kill-ray hosts demo demo-nano clean compat bench faults
 setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "tether wants Python 3.11 or newer; got " + sys.version.split()[0] + ". Try: make PYTHON=python3.11 setup")'
@@ -77,6 +77,9 @@ browser: page  ## the page in a real Chromium: Debian's package chromium and pip
 ray: setup  ## workers on a Ray of this machine: equal to one process, killed, refused
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest -m ray tests/test_ray.py
+
+kill-ray: setup  ## kill -9 any process of a run on Ray thirty times; TETHER_TEST_KILLS=5 for fewer; wants `make ray` before
+	$(BIN)/python -m pytest -m 'ray and slow' -s tests/test_ray_kills.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
