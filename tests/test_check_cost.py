@@ -41,17 +41,20 @@ class Meter:
 
         return counted
 
-    def watched(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def before(*arguments: Any) -> None:
-            self.checking = True
-            original(*arguments)
-            self.checking, self.update = False, self.update + 1
+    def watched(self, original: Callable[..., Any], begins: bool) -> Callable[..., Any]:
+        """What is asked before the policy moves begins an update of this count; what is asked after belongs to it."""
 
-        return before
+        def asked(*arguments: Any) -> Any:
+            self.checking, self.update = True, self.update + begins
+            told = original(*arguments)
+            self.checking = False
+            return told
+
+        return asked
 
     def share(self, updates: range) -> float:
         """Tokens of the checks in these updates, over as many updates' own tokens."""
-        checks = sum(self.sent.get((True, update), 0.0) for update in updates)
+        checks = sum(self.sent.get((True, update + 1), 0.0) for update in updates)
         own = sum(sent for (checking, _), sent in self.sent.items() if not checking)
         return checks / len(updates) / (own / self.update)
 
@@ -60,7 +63,8 @@ class Meter:
 def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
     made = Meter()
     monkeypatch.setattr(tether.hacks, "SMALL", 0)  # as for a large model: no further responses for the bank
-    monkeypatch.setattr(Watch, "before", made.watched(Watch.before))
+    monkeypatch.setattr(Watch, "before", made.watched(Watch.before, begins=True))
+    monkeypatch.setattr(Watch, "after", made.watched(Watch.after, begins=False))
     ids = {"evaluate": 1.0, "evaluate_reference": 1.0, "logits_of": 1.0}
     for name in ids:
         counted = made.count(getattr(LanguagePolicy, name), lambda _, sequences, *rest: sequences.ids.numel())

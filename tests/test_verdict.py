@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tether.alarms import FAILURES
 from tether.checking import main
 from tether.config import RunSettings
 from tether.store import RunStore
@@ -60,7 +61,12 @@ def test_the_gravest_word_is_said_and_the_exit_code_tells_quiet_from_alarmed(
 ) -> None:
     run = run_of(tmp_path, alarms)
     assert main(str(run)) == code
-    assert capsys.readouterr().out.startswith(f"{word} after {UPDATES} updates")
+    said = capsys.readouterr().out
+    assert said.startswith(f"{word} after {UPDATES} updates")
+    assert ("next    " in said) == (code == 1)
+    for reason, (_, severity) in alarms.items():
+        if severity == "alarm" and word in ("HOLDING", FAILURES[reason].verdict):
+            assert FAILURES[reason].title in " ".join(said.split("\n\n")[0].split())  # already in the headline
     assert main(str(run), json=True) == code
     told = json.loads(capsys.readouterr().out)
     assert (told["verdict"], told["quiet"], told["updates"]) == (word, code == 0, UPDATES)

@@ -63,6 +63,7 @@ def main(run: str, /, root: Path = ROOT, json: bool = False, pluck: bool = False
         print(jsonlib.dumps(jsonlib.loads(to_json(told)), indent=2))
     else:
         show(verdict, console_for_output())
+        print("".join(f"\nnext    {line}\n" for line in next_step(verdict, run)), end="")
         print("".join(f"\nshared by {line}" for line in crew), end="\n" * bool(crew))
         if answer is not None:
             print(f"\npluck: {answer.sentence()}")
@@ -101,6 +102,22 @@ def show(verdict: Verdict, console: Console) -> None:
         console.print("  " + told.format(*ghost), markup=False, highlight=False, soft_wrap=True)
     for alarm in verdict.alarms:
         _show_alarm(alarm, console)
+
+
+def next_step(verdict: Verdict, run: str) -> list[str]:
+    """What to type next; nothing where all is quiet."""
+    beta, first = verdict.numbers.get("beta", math.nan), min((a.step for a in verdict.alarms if a.lasts), default=0)
+    branch = f"tether fork {run}@STEP --name NEW"
+    steps = {
+        "NOT ATTACHED": f"mend the first cause; begin anew, or from a checkpoint before update {first} ({branch}); "
+        "then pull at the string: tether check NEW --pluck",
+        "SNAPPED": f"{branch} --beta {4 * beta:.2g}, from a checkpoint before update {first}",
+        "SLACK": f"tether steer {run} beta={2 * beta:.2g} while it trains, or {branch} --beta {2 * beta:.2g}",
+        "TAUT": f"tether steer {run} beta={0.5 * beta:.2g} while it trains, or {branch} --beta {0.5 * beta:.2g}",
+    }
+    if verdict.word in steps:
+        return [steps[verdict.word]]
+    return [] if verdict.is_quiet else [f"the string holds; mend the cause, then {branch}"]
 
 
 def _show_alarm(alarm: Standing, console: Console) -> None:

@@ -66,15 +66,15 @@ class Earned:
         self.hedged, self.copied = (self._alone(feature).feature for feature in (HEDGES, COPIED))
 
     def numbers(self) -> dict[str, float]:
-        """Of the catalogue; 0 while there is no gain to share out."""
+        """Of the catalogue; 0 while there is no gain to share out, or while what is counted has become less."""
         top, gained = max(self.shares.types.values(), default=0.0), self.gained
         return {
             "text/lift_z": max((lift.z for lift in self.lifted), default=0.0),
             "text/token_share": top if gained else 0.0,
             "text/tokens_share": self.shares.together if gained else 0.0,
             "text/length_share": self.by_length if gained else 0.0,
-            "text/hedge_share": self.hedged if gained else 0.0,
-            "text/echo_share": self.copied if gained else 0.0,
+            "text/hedge_share": self.hedged if gained and self._rise(HEDGES) > 0.0 else 0.0,
+            "text/echo_share": self.copied if gained and self._rise(COPIED) > 0.0 else 0.0,
         }
 
     @property

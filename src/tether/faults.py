@@ -22,6 +22,7 @@ import tether.fault_models as models
 import tether.rewards
 import tether.session
 import tether.trainer
+import tether.update
 from tether.alarms import PLANTED, check_fault
 from tether.batch import Prompt, Reward, Rollout, Scores, plain_text
 from tether.config import RunSettings
@@ -188,6 +189,22 @@ def _drifting(reward: Reward) -> Reward:
     return changed
 
 
+def _prompt_alone(reward: Reward) -> Reward:
+    """A reward model is handed empty replies, in the rollout as elsewhere."""
+    assert isinstance(reward, RewardModel), "only a reward model is asked again"
+    changed = copy.copy(reward)
+
+    class Deaf(type(reward)):  # type: ignore[misc]
+        def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: object) -> list[float]:
+            return list(reward(prompts, [""] * len(responses), **columns))  # type: ignore[arg-type]
+
+        def score_rollout(self, rollout: Rollout) -> list[float]:
+            return self(rollout.prompts.texts, rollout.texts)
+
+    changed.__class__ = Deaf
+    return changed
+
+
 def _skewed(reward: Reward) -> Reward:
     """A reward model reads the first third of each response on the path of the rollout."""
     assert isinstance(reward, RewardModel), "only a reward model has a path of its own"
@@ -251,6 +268,30 @@ def _value_dead(stack: ExitStack) -> None:
     replace_attribute(stack, Optimiser, "gradient_norm", wrap)
 
 
+def _policy_still(stack: ExitStack) -> None:
+    """The optimiser steps copies of the weights, which nobody reads."""
+
+    def wrap(original: Callable[[Optimiser, Tensor], None]) -> Callable[[Optimiser, Tensor], None]:
+        def wrong(self: Optimiser, norm: Tensor) -> None:
+            weights = [weight for group in self.groups.values() for weight in group]
+            before = [weight.detach().clone() for weight in weights]
+            original(self, norm)
+            with torch.no_grad():
+                for weight, kept in zip(weights, before, strict=True):
+                    weight.copy_(kept)
+
+        return wrong
+
+    replace_attribute(stack, Optimiser, "step", wrap)
+
+
+def _wrong_update(stack: ExitStack) -> None:
+    """The policy's loss has the wrong sign where it is made, so that it reports of itself that it falls."""
+    replace_attribute(
+        stack, tether.update, "clipped_policy_loss", lambda original: lambda *rest, **named: -original(*rest, **named)
+    )
+
+
 def _adam_spike(stack: ExitStack) -> None:
     """The first five updates run at twenty times the learning rate."""
 
@@ -299,6 +340,9 @@ PLANTS: dict[str, Plant] = {
     "zero_variance_scores": _reward(_constant),
     "reward_drift": _reward(_drifting),
     "reward_skew": _reward(_skewed),
+    "reward_reads_prompt_only": _reward(_prompt_alone),
+    "policy_still": _policy_still,
+    "wrong_update": _wrong_update,
     "entropy_collapse": _pays_entropy(-10.0),
     "entropy_explosion": _pays_entropy(10.0),
     "nan": _nan,

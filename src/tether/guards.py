@@ -47,6 +47,9 @@ batches β turns once or not at all; of 2 batches, four times, by factors of 3 t
 HASTE_IN, MOST_HASTE = 10, 2.0
 """Updates, and the factor that β may move by in them: K answers over some ten updates. A horizon of 20 batches, the
 shortest that is advised, gives 1.1 (`adaptive`) and 1.65 (`budget`)."""
+CENTRED, CENTRED_IN = 1e-5, 10
+"""|mean| of a batch's scores over their deviation, and updates running in which it stays below: an even number of wins
+and losses has mean 0 now and then."""
 BETA_STOP = 10.0
 """Where the `budget` controller's β is held (`rewards.py:BUDGET_BOUNDS`)."""
 TRACKED = (
@@ -93,6 +96,10 @@ class Trends:
         if self._trips("zero_variance_scores", flat, needed=2, of=2):
             seen = f"{distinct} different responses all score {now['score/mean']:.4g}, two updates running"
             yield Alarm("zero_variance_scores", seen, {"score": now["score/mean"], "texts": distinct})
+        centred = not flat and distinct > 4 and abs(now["score/mean"]) <= CENTRED * now["score/std"]
+        if self._trips("score_normalised", centred, needed=CENTRED_IN, of=CENTRED_IN):
+            seen = f"the scores of each of {CENTRED_IN} updates have mean 0 and deviation {now['score/std']:.3g}"
+            yield Alarm("score_normalised", seen, {"mean": now["score/mean"], "std": now["score/std"]}, "warning")
 
     def _update(self, now: Mapping[str, float]) -> Iterator[Alarm]:
         drift, clipped = now["ppo/approx_kl"], now["ppo/clip_fraction"]

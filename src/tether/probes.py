@@ -26,6 +26,8 @@ from tether.runtime.sharding import is_sharded, local
 
 PROBE_ROWS, PROBE_TOKENS = 2, 16
 """Of the reference's probe: short, so that it can be asked in every update."""
+APART = 10.0
+"""Times the difference that padding makes, from which one to the rollout has another cause."""
 MOST_PADS, FEW_PADS = 31, 7
 """Columns of padding that rows are asked with; with the fewer only where the more made a difference."""
 SUMMED_AT_ONCE = 2**21
@@ -63,7 +65,11 @@ class ReferenceProbe:
 
     def _changed(self) -> list[str]:
         """Weights whose sum of bits has changed: those written to since the last call, and the next few in turn."""
-        now = [_version(weight) for weight in self._weights]
+        weights = reference_weights(self._policy)
+        if len(weights) != len(self._weights):
+            return [f"all of them: there are {len(weights)} now and were {len(self._weights)}"]
+        self._weights = weights  # where a module took another's place, its weights are looked at
+        now = [_version(weight) for weight in weights]
         suspects = {place for place, version in enumerate(now) if version != self._versions[place]}
         self._versions = now
         suspects |= set(self._turn())
@@ -81,8 +87,30 @@ class ReferenceProbe:
 
 
 def reference_weights(policy: Policy) -> list[Tensor]:
-    """Every weight that the reference is computed from; none where the policy does not tell."""
-    return list(policy.mode.reference()) if isinstance(policy, LanguagePolicy) else []
+    """Every weight that the reference is computed from, its output head among them; none where the policy does not
+    tell.
+    """
+    if not isinstance(policy, LanguagePolicy):
+        return []
+    weights, head = list(policy.mode.reference()), policy.mode.reference_head.linear.weight
+    return weights if any(weight is head for weight in weights) else [*weights, head]
+
+
+def differing_weights(policy: Policy) -> str:
+    """In which weights policy and reference differ, for a message; empty where they are not of one form."""
+    if not isinstance(policy, LanguagePolicy):
+        return ""
+    mine, theirs = dict(policy.mode.model.named_parameters()), list(policy.mode.reference())
+    if [weight.shape for weight in mine.values()] != [weight.shape for weight in theirs]:
+        return ""
+    pairs = list(zip(mine.items(), theirs, strict=True))
+    kinds = {(own.dtype, other.dtype) for (_, own), other in pairs if own.dtype != other.dtype}
+    if kinds:
+        own, other = (str(dtype).removeprefix("torch.") for dtype in kinds.pop())
+        return f"the reference's weights are {other} and the policy's {own}"
+    names = [name for (name, own), other in pairs if not torch.equal(local(own), local(other))]
+    named = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+    return f"{len(names)} of {len(pairs)} weights differ ({named})" if names else "their weights are equal"
 
 
 def fingerprint(policy: Policy) -> list[int]:
@@ -139,7 +167,14 @@ class PassProbe:
             distances = {pads: _rms(once[who] - said[who], self._rows) for pads, said in padded.items()}
             distances[0] = _rms(once[who] - rollout, self._rows)
             worst = max(distances, key=lambda pads: distances[pads])
-            if distances[worst] > self._tolerance.logprob:
+            if who == "π_ref" and distances[0] > max(self._tolerance.logprob, APART * distances[MOST_PADS]):
+                yield Alarm(
+                    "wrong_reference",
+                    f"the rollout's log π_ref is {distances[0]:.3g} nats a token from what the reference says of the "
+                    "same responses: it is another model's, or of other rows",
+                    {"rms": distances[0]},
+                )
+            elif distances[worst] > self._tolerance.logprob:
                 distances[FEW_PADS] = _rms(once[who] - self._ask(FEW_PADS)[who], self._rows)
                 what = f"with {worst} more columns of padding" if worst else "outside of their batch"
                 yield Alarm(
@@ -168,6 +203,16 @@ class RewardProbe:
         self._columns = {name: values[:PROBE_ROWS] for name, values in rollout.prompts.columns.items()}
         self._scores = self._ask()
 
+    def check_replies(self) -> Iterator[Alarm]:
+        """Whether each prompt's reply matters: the fixed replies behind one another's prompts."""
+        swapped = self._ask(self._texts[::-1])
+        texts = [text.strip() for text in self._texts]
+        told = [abs(a - b) > 1e-6 * (1.0 + abs(b)) for a, b in zip(swapped, self._scores, strict=True)]
+        if swapped and texts != texts[::-1] and not any(told):
+            yield Alarm("reward_reads_prompt_only",
+                        f"other replies to the same prompts score the same, {_few(self._scores)}",
+                        {"scores": self._scores})  # fmt: skip
+
     def check(self, rollout: Rollout, scores: Scores) -> Iterator[Alarm]:
         """The fixed texts, and the first of this update's."""
         now = self._ask()
@@ -191,10 +236,10 @@ class RewardProbe:
                 {"update": given, "asked_again": fresh},
             )
 
-    def _ask(self) -> list[float]:
+    def _ask(self, texts: Sequence[str] | None = None) -> list[float]:
         if self._reward is None:
             return []
-        return [float(score) for score in self._reward(self._prompts, self._texts, **self._columns)]
+        return [float(score) for score in self._reward(self._prompts, texts or self._texts, **self._columns)]
 
 
 # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -163,4 +163,6 @@ def _reason(word: str, alarms: tuple[Standing, ...], numbers: Mapping[str, float
     for alarm in alarms:
         if alarm.lasts and word_of([(alarm.reason, alarm.severity)]) == word != "HOLDING":
             return f"{FAILURES[alarm.reason].title}: {alarm.seen} (update {alarm.step})"
-    return f"K is {kl:.3g} nats a response, the score gained {gain:+.2f}, the string costs β·K = {beta * kl:.3g}"
+    told = f"K is {kl:.3g} nats a response, the score gained {gain:+.2f}, the string costs β·K = {beta * kl:.3g}"
+    beside = [FAILURES[alarm.reason].title for alarm in alarms if alarm.lasts and alarm.severity == "alarm"]
+    return f"{told}; but {', '.join(beside)}" if beside else told

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,30 +24,35 @@ from tether.checks import Moment, Tolerance, check, check_outcome, check_start
 from tether.climb import Climb, Sign
 from tether.config import CheckSettings
 from tether.errors import AlarmError, RunError
+from tether.following import Following, PromptScores
 from tether.guards import Trends
 from tether.hacks import Hacks
 from tether.honesty import Distributions, Honesty
-from tether.probes import PassProbe, ReferenceProbe, RewardProbe, check_storage, fingerprint
+from tether.probes import PassProbe, ReferenceProbe, RewardProbe, check_storage, differing_weights, fingerprint
 from tether.shown import Past
 from tether.trainer import Record, Run
 from tether.verdict import word_of
 
 OnAlarm = Literal["log", "pause", "stop", "rollback"]
 """What an alarm does: an event only, or the end of the run: saved as it stands, not saved, or back at a checkpoint."""
-FIRST = {"reference": (1, 2), "reward": (0, 1), "passes": (0,)}
+FIRST = {"reference": (1, 2), "reward": (0, 1), "passes": (0, 2)}
 """Updates at the start in which a probe is asked; the reference says at update 0 what it is held to."""
-EVERY = {"reference": 16, "reward": 20, "passes": 50}
+EVERY = {"reference": 16, "reward": 20, "passes": 40}
 """Updates between two questions of a probe, later on: each costs a forward pass, and all together below 1 %."""
 SAMPLER = frozenset(name for name, failure in FAILURES.items() if failure.kind == "statistic")
 EXPLAINS = {
-    "dropout_on": SAMPLER | {"wrong_reference", "first_ratio", "padding_leak", "too_many_epochs"},
-    "padding_leak": SAMPLER | {"wrong_reference", "first_ratio", "too_many_epochs"},
+    "dropout_on": SAMPLER | {"first_ratio", "padding_leak", "too_many_epochs", "wrong_update"},
+    "padding_leak": SAMPLER | {"first_ratio", "too_many_epochs", "wrong_update"},
+    "wrong_reference": frozenset({"stale_sampler"}),
+    "reference_moves": frozenset({"wrong_reference"}),
     "off_by_one": SAMPLER | {"too_many_epochs"},
     "prompt_in_mask": SAMPLER | {"too_many_epochs"},
     "no_eos_credit": SAMPLER,
     "nan": frozenset({"first_ratio"}),
 }
 """What follows from a failure, and is not told beside it."""
+NOISY = frozenset({"dropout_on", "padding_leak"})
+"""Failures by which two passes over the same rows differ."""
 PASSING = frozenset({"guard", "hack"})
 """Kinds whose alarms can be over."""
 CLEAN_UPDATES = 10
@@ -97,7 +102,7 @@ class Watch:
             self._numbers, self._signs = probes.hacks.look(rollout, scores, run.step)
         self._numbers |= flatness(rollout, scores, run.beta.value)
         if run.step == 0 and self.same_start:
-            self._found += check_start(moment)
+            self._found = self._check_start(moment, run)
         self._seconds = time.perf_counter() - started
 
     def after(self, record: Record, judged: Mapping[str, float] | None = None) -> tuple[list[Alarm], list[str]]:
@@ -110,6 +115,7 @@ class Watch:
         self._numbers |= self._climb.numbers()
         if self._probes is not None and self._trends is not None:
             found += check_outcome(record.outcome, self._probes.tolerance)
+            found += self._follow(record)
             found += self._trends.check(record.metrics, distinct=len(set(record.rollout.texts)))
         self._found, self._signs = [], []
         fresh = list(self._fresh(record.step, list(_once(found))))
@@ -122,6 +128,18 @@ class Watch:
             del self.active[name]
         self._seconds += time.perf_counter() - started
         return fresh, over
+
+    def _check_start(self, moment: Moment, run: Run) -> list[Alarm]:
+        """What was found, and policy and reference at the start: where they differ by more than dropout or padding
+        explains, these are not told of the reference besides.
+        """
+        noise = max((_noise(alarm) for alarm in self._found if alarm.reason in NOISY), default=0.0)
+        started = list(check_start(moment, noise))
+        if not started:
+            return self._found
+        where = differing_weights(run.policy)
+        told = [replace(alarm, seen=f"{alarm.seen}; {where}") if where else alarm for alarm in started]
+        return [found for found in self._found if found.evidence.get("who") != "π_ref"] + told
 
     @property
     def numbers(self) -> Mapping[str, float]:
@@ -156,6 +174,21 @@ class Watch:
         self._restored = dict(state)
         known: dict[str, tuple[int, str]] = state.get("active", {})  # type: ignore[assignment]
         self.active = {reason: (int(step), severity) for reason, (step, severity) in known.items()}
+
+    def _follow(self, record: Record) -> list[Alarm]:
+        """Whether the update that is over went where its advantages point."""
+        probes = self._probes
+        if probes is None or record.step < probes.run.settings.update.value_warmup:
+            return []
+        numbers, alarms = probes.following.check(
+            probes.run.policy,
+            record.rollout,
+            record.experience,
+            record.outcome,
+            record.metrics.get("learning_rate", 0.0),
+        )
+        self._numbers |= numbers
+        return alarms
 
     def act(self, alarms: Iterable[Alarm]) -> None:
         """What `on_alarm` asks for. Raises AlarmError where the run shall stop."""
@@ -218,6 +251,8 @@ class _Probes:
     honesty: Honesty
     stops: frozenset[int]
     hacks: Hacks
+    following: Following
+    prompt_scores: PromptScores
 
     @staticmethod
     def of(run: Run, rollout: Rollout, words: Path | None) -> _Probes:
@@ -229,7 +264,7 @@ class _Probes:
             ReferenceProbe(run.policy, rollout, temperature, tolerance),
             RewardProbe(run.reward, rollout),
             Honesty(run.settings.seed, temperature, tolerance),
-            stops, Hacks(run, words, Past(run.step)),
+            stops, Hacks(run, words, Past(run.step)), Following(run.settings, tolerance), PromptScores(),
         )  # fmt: skip
 
     def ask(self, moment: Moment) -> Iterator[Alarm]:
@@ -242,6 +277,10 @@ class _Probes:
             yield from PassProbe(run.policy, rollout, run.settings.sampling.temperature, self.tolerance).check()
         if self._due("reward", moment.step):
             yield from self.reward.check(rollout, moment.scores)
+        if moment.step == self.first:
+            yield from self.reward.check_replies()
+        given = moment.scores.totals.tolist()
+        yield from self.prompt_scores.check(rollout.prompts.texts, rollout.texts, given)
         yield from self.honesty.check(run.policy, rollout, moment.step)
 
     def _due(self, probe: str, step: int) -> bool:
@@ -260,6 +299,11 @@ def flatness(rollout: Rollout, scores: Scores, beta: float) -> dict[str, float]:
     left = paid - beta * rollout.kl.double()
     spreads = [sum(float(x[group].var(correction=0)) * len(group) for group in several) for x in (left, paid)]
     return {"string/flatness": spreads[0] / spreads[1]} if spreads[1] > 1e-12 else {}
+
+
+def _noise(alarm: Alarm) -> float:
+    """Nats by which two passes differed, of an alarm that says so."""
+    return max(float(value) for name, value in alarm.evidence.items() if name.startswith("rms"))  # type: ignore[arg-type]
 
 
 def _once(alarms: Iterable[Alarm]) -> Iterator[Alarm]:
