@@ -147,7 +147,7 @@ class Trends:
         if beta < 0.0:
             yield Alarm("kl_sign", f"β is {beta:g}: drifting from the reference is paid", {"beta": beta})
         if self._trips("no_string", beta == 0.0):
-            yield Alarm("no_string", f"β is 0 and K is {kl:.3g} nats", {"kl": kl})
+            yield Alarm("no_string", "a nat of K costs nothing", {"kl": kl})
         if knobs.controller != "fixed":
             yield from self._budget(kl)
         start, price = self._start("score/mean"), beta * kl
