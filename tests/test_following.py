@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import cast
 
 import pytest
@@ -14,7 +15,7 @@ from tether.alarms import Alarm
 from tether.batch import Evaluation, Generation, Outcome, Policy, Prompts, ReferenceEvaluation, Scores, Sequences
 from tether.checks import Tolerance
 from tether.config import PPOSettings
-from tether.following import Following, PromptScores
+from tether.following import REMEMBERED, Following, PromptScores
 from tether.rewards import tether
 
 EXACT = Tolerance.of(torch.float32)
@@ -126,3 +127,21 @@ def test_a_reward_of_few_values_may_repeat_itself() -> None:
 
 def test_one_reply_may_have_one_score() -> None:
     assert told([[0.1 * row for row in range(10)]] * 5, reply="the same") == []
+
+
+def test_what_is_remembered_goes_on_from_its_state() -> None:
+    """Eleven pairs before and one after a resume are twelve; a second reading of the same state says the same."""
+    prompts, texts = [f"p{i // 2}" for i in range(22)], [f"reply {i}" for i in range(22)]
+    first = PromptScores()
+    assert not list(first.check(prompts, texts, [float(i // 2) for i in range(22)]))
+    again = PromptScores()
+    again.restore(json.loads(json.dumps(first.state())))
+    assert [alarm.reason for alarm in again.check(["p0"], ["another"], [0.0])] == ["reward_reads_prompt_only"]
+    assert not list(PromptScores().check(["p0"], ["another"], [0.0]))
+
+
+def test_data_without_end_do_not_fill_the_memory() -> None:
+    scores = PromptScores()
+    count = 2 * REMEMBERED
+    assert not list(scores.check([f"p{i}" for i in range(count)], ["one"] * count, [float(i) for i in range(count)]))
+    assert len(scores.state()["told"]) == REMEMBERED  # type: ignore[arg-type]

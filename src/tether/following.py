@@ -10,8 +10,9 @@ Read next: `watch.py`, which says when each is asked.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -36,6 +37,8 @@ SAME_REPLIES = 12
 """Pairs of different replies to one prompt with one score, from which a reward is said to read the prompt alone."""
 SPREAD = 8
 """Different scores that such a reward must have given: one of few values may well repeat itself."""
+REMEMBERED = 4096
+"""Prompts whose first reply and score are kept; data without end would fill the memory."""
 
 
 @dataclass
@@ -75,6 +78,15 @@ class Following:
         if steps >= LEAST_STEPS and float(moved[mask].square().mean().sqrt()) > ROUND_OFF * self.tolerance.logprob:
             self._against.append(follows < 0.0)
         return {"ppo/follows": follows}, [*self._goes(follows), *self._unclipped(outcome, moved)]
+
+    def state(self) -> dict[str, object]:
+        """All that is remembered, as plain values."""
+        return {"still": self._still, "against": list(self._against), "moves": self._moves}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        self._still, self._moves = int(state["still"]), int(state["moves"])
+        self._against.extend(map(bool, state["against"]))
 
     def _steps(self, outcome: Outcome) -> int:
         return int(outcome.metrics.get("ppo/epochs_used", 1.0)) * self.settings.update.minibatches
@@ -119,10 +131,14 @@ class PromptScores:
             if self._over:
                 return
             self._values.add(score)
+            if prompt not in self._told and len(self._told) >= REMEMBERED:
+                continue
             before, known = self._told.setdefault(prompt, (text, score))
             if before != text:
                 self._same += 1
                 self._over = known != score
+                if self._over:
+                    self._told, self._values = {}, set()
         if not self._over and self._same >= SAME_REPLIES and len(self._values) >= SPREAD:
             yield Alarm(
                 "reward_reads_prompt_only",
@@ -130,3 +146,13 @@ class PromptScores:
                 f"over prompts there are {len(self._values)} different scores",
                 {"pairs": self._same, "scores": len(self._values)},
             )
+
+    def state(self) -> dict[str, object]:
+        """All that is remembered, as plain values."""
+        told = [[prompt, *known] for prompt, known in self._told.items()]
+        return {"told": told, "values": sorted(self._values), "same": self._same, "over": self._over}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`."""
+        self._told = {str(prompt): (str(text), float(score)) for prompt, text, score in state["told"]}
+        self._values, self._same, self._over = set(map(float, state["values"])), int(state["same"]), bool(state["over"])

@@ -166,6 +166,8 @@ class Watch:
             "honesty": self._probes.honesty.state(),
             "hacks": self._probes.hacks.state(),
             "climb": self._climb.state(),
+            "following": self._probes.following.state(),
+            "prompt_scores": self._probes.prompt_scores.state(),
             "weights": fingerprint(self._probes.run.policy),
         }
 
@@ -212,6 +214,8 @@ class Watch:
             "honesty": probes.honesty,
             "hacks": probes.hacks,
             "climb": self._climb,
+            "following": probes.following,
+            "prompt_scores": probes.prompt_scores,
         }
         for name in checks.keys() & state.keys():
             try:
