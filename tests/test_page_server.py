@@ -27,6 +27,7 @@ from page_site import (
     sample,
     site,
 )
+from tether.config import RunSettings
 from tether.control import Control
 from tether.errors import RunError
 from tether.page.ghost import Bank, ghost, reweight
@@ -213,6 +214,21 @@ def test_a_run_without_a_bank_has_the_ghost_of_its_first_replies_and_never_solid
     assert told["ess"][-1] > 10
     assert not any(told["solid"])
     assert "one reply to each fixed prompt" in told["caption"]
+
+
+def test_a_run_takes_the_bank_of_one_beside_it_with_the_same_reference_and_of_no_other(tmp_path: Path) -> None:
+    """Three runs know their digests; the one with the bank differs from the last in the reward alone."""
+    settings = {key: value for key, value in SETTINGS.items() if key != "world"}
+    for name, beta, reward in [("drawn", 0.2, "a"), ("same", 0.0, "a"), ("other", 0.2, "b")]:
+        told = RunSettings.model_validate(settings).with_beta(beta).dump()
+        with RunStore.create(tmp_path, name, told) as store:
+            store.put("digests", {"reference": "r", "reward": reward})
+    (tmp_path / "drawn" / "bank.json").write_text('{"scores": [[0.0, 1.0], [2.0, 5.0]], "gold": null}')
+    client = browser(site(tmp_path))
+    found = {name: client.get(f"/api/runs/{name}/ghost").json() for name in ("drawn", "same", "other")}
+    assert found["same"] == found["drawn"]
+    assert found["same"]["start"] == pytest.approx(2.0)
+    assert found["other"]["source"] == "gaussian"
 
 
 # ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────

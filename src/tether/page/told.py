@@ -9,9 +9,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.resources import files
+from pathlib import Path
 
 import tether
 from tether.alarms import FAILURES, FAULTS
+from tether.errors import RunError
 from tether.metrics import CATALOGUE
 from tether.page import facts
 from tether.page.ghost import BANK_FILE, Bank, ghost
@@ -19,6 +21,7 @@ from tether.page.library import Library, Shelf
 from tether.page.reading import Reader
 from tether.records import Curve
 from tether.runs import knob
+from tether.store import RunStore
 
 NO_LESSON = {
     "exact": {"betas": [], "frontier": [], "runs": []},
@@ -57,9 +60,11 @@ def cached_verdict(shelf: Shelf, reader: Reader) -> facts.Facts:
 
 
 def ghost_of(reader: Reader) -> facts.Facts:
-    """The ghost of a run: from its bank, else that shipped for its world, else its first replies, else a normal law."""
-    bank = Bank.read(reader.path / BANK_FILE, "bank")
+    """The ghost of a run: from its bank or that of a run beside it which starts from the same reference, reward and
+    prompts, else that shipped for its world, else its first replies, else a normal law.
+    """
     meta = reader.meta()
+    bank = Bank.read(reader.path / BANK_FILE, "bank") or _bank_beside(reader.path, meta)
     if bank is None and knob(meta.get("config"), "world") == "nano":
         shipped = json.loads(learn_text()).get("nano", {})
         bank = Bank.of(shipped.get("bank"), "shipped") if isinstance(shipped, dict) else None
@@ -67,6 +72,28 @@ def ghost_of(reader: Reader) -> facts.Facts:
         bank = Bank.of_start([sample.score for sample in reader.samples("probe", 0)])
     sigma = meta.get("sigma")
     return ghost(bank, float(sigma) if isinstance(sigma, int | float) else 1.0)
+
+
+def _bank_beside(path: Path, meta: Mapping[str, object]) -> Bank | None:
+    """The bank of a run in the same folder whose samples of the reference are this run's too."""
+    wanted = _drawn_from(meta)
+    for file in sorted(path.parent.glob(f"*/{BANK_FILE}")) if wanted else ():
+        try:
+            with RunStore.open(file.parent) as store:
+                is_kin = _drawn_from(store.meta()) == wanted
+        except RunError:
+            continue
+        if is_kin and (bank := Bank.read(file, "bank")):
+            return bank
+    return None
+
+
+def _drawn_from(meta: Mapping[str, object]) -> tuple[object, ...] | None:
+    """What a bank's samples depend on but the seed; None where the run does not tell."""
+    config, digests = meta.get("config"), meta.get("digests")
+    if not isinstance(config, Mapping) or not digests:
+        return None
+    return digests, config.get("data"), knob(config, "sampling")
 
 
 def learn_text() -> str:
