@@ -15,6 +15,7 @@ from resumable import settings_of, task_of
 from tether.config import RunSettings
 from tether.resuming import resume_run
 from tether.session import train_run
+from tether.store import RunStore
 
 STEPS = 6
 WORKERS = {"rollout_workers": 2, "scoring_workers": 1, "object_store_mb": 200, "answer_seconds": 240}
@@ -24,6 +25,15 @@ def on_ray(*, overlap: bool = False, mode: str = "full", steps: int = STEPS, **r
     """Settings of a tiny run with workers, a checkpoint after every update."""
     runtime = {"writer": "ray", "overlap": overlap, "ray": WORKERS | ray}
     return settings_of(mode, steps=steps, runtime=runtime)
+
+
+def updates_of(run: Path) -> int:
+    """Updates that the run folder holds; 0 where there is none."""
+    if not (run / "run.db").is_file():
+        return 0
+    with RunStore.open(run) as store:
+        last = store.last_step()
+    return 0 if last is None else last + 1
 
 
 def main(folder: str, overlap: str = "", updates: str = str(STEPS)) -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 import ranked_runs
 from ranked_runs import REAL_WORKERS
-from ray_run_of import STEPS, WORKERS, on_ray
+from ray_run_of import STEPS, WORKERS, on_ray, updates_of
 from resumable import count_words, left_behind, settings_of, task_of
 from tether.batch import Prompt
 from tether.config import RaySettings, RunSettings
@@ -263,14 +263,6 @@ def program(run: Path, overlap: bool) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(TESTS / "ray_run_of.py"), str(run), *(["overlap"] if overlap else [])]
     with (run.parent / f"{run.name}.log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-
-def updates_of(run: Path) -> int:
-    if not (run / "run.db").is_file():
-        return 0
-    with RunStore.open(run) as store:
-        last = store.last_step()
-    return 0 if last is None else last + 1
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from ray_run_of import updates_of
 from resumable import left_behind
 from tether.store import RunStore
 
@@ -107,14 +108,6 @@ def workers_of(run: Path) -> list[int]:
         return []
     every = [int(one["process"]) for role in ("rollout", "scoring") for one in told[role]["workers"]]
     return [process for process in every if Path(f"/proc/{process}").exists()]
-
-
-def updates_of(run: Path) -> int:
-    if not (run / "run.db").is_file():
-        return 0
-    with RunStore.open(run) as store:
-        last = store.last_step()
-    return 0 if last is None else last + 1
 
 
 def test_a_run_on_ray_killed_thirty_times_is_the_run_that_nobody_killed(tmp_path: Path) -> None:

@@ -61,12 +61,14 @@ class Following:
     ) -> tuple[dict[str, float], list[Alarm]]:
         """Look at one update that is over, in which the policy was to move at a learning rate of `rate`."""
         due, self._moves = self.is_due(), self._moves + 1
+        if not due or rate <= 0.0 or outcome.skipped_steps:
+            return {}, []
         index = torch.arange(min(ROWS, len(rollout)))
         sequences = experience.sequences.rows(index)  # as wide as the longest of them
         mask = sequences.response_mask
         old, given = (x[index, : mask.shape[1]] for x in (rollout.logprobs, experience.advantages))
         advantages = torch.where(mask, given, 0.0).double()
-        if not due or rate <= 0.0 or outcome.skipped_steps or not bool(advantages.any()):
+        if not bool(advantages.any()):
             return {}, []
         said = policy.evaluate(sequences, self.settings.sampling.temperature).logprobs
         moved = torch.where(mask, said - old, 0.0).double()

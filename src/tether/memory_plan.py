@@ -17,7 +17,7 @@ from types import TracebackType
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tether.config import RunSettings
+from tether.config import TOP_LAYERS, RunSettings
 from tether.errors import OutOfMemory
 from tether.loading import choose_dtype
 
@@ -184,7 +184,7 @@ def remedy(settings: RunSettings, place: str) -> str:
     """The one knob to turn, for the part of the run where memory was out."""
     knobs, model = settings.ppo, settings.model
     if place in ("loading", "optimiser"):
-        smaller = {"full": "model.mode: top", "top": _half("model.top_layers", model.top_layers or 6)}
+        smaller = {"full": "model.mode: top", "top": _half("model.top_layers", model.top_layers or TOP_LAYERS)}
         return f"Memory ran out while the models were loaded: set {smaller.get(model.mode, 'model.dtype: bfloat16')}"
     if place in ("generation", "rollout", "reward"):
         return f"Memory ran out in the {place}: halve the batch, {_half('ppo.batch_size', knobs.batch_size)}"
