@@ -121,3 +121,31 @@ def test_entropy_is_alarmed_far_from_its_start_alone(share: float, reasons: set[
 
 def test_numbers_that_were_not_logged_trip_no_guard() -> None:
     assert told(lambda _: {"kl/mean": math.nan}, 60) == {}
+
+
+def said_of_scores(means: Callable[[int], float], updates: int = 30, texts: int = 16) -> list[tuple[int, str, str]]:
+    """(update, name, severity) of all that is said of scores with these means and deviation 0.9."""
+    trends = Trends(PPOSettings())
+    return [
+        (step, alarm.reason, alarm.severity)
+        for step in range(updates)
+        for alarm in trends.check({"learning_rate": 1e-4, "score/mean": means(step), "score/std": 0.9}, texts)
+    ]
+
+
+def test_scores_that_are_centred_in_each_update_are_told_as_a_warning_from_the_tenth_on() -> None:
+    told_of = said_of_scores(lambda step: 3e-8 * (-1) ** step)  # what round-off leaves of a mean that was taken off
+    assert told_of == [(step, "score_normalised", "warning") for step in range(9, 30)]
+
+
+@pytest.mark.parametrize(
+    "means", [lambda step: 0.0 if step % 10 else 0.125, lambda step: 1e-3, lambda step: 0.1 * step]
+)
+def test_scores_whose_mean_is_not_always_zero_are_left_alone(means: Callable[[int], float]) -> None:
+    """Wins and losses that balance nine times of ten; a mean near 0; a climb."""
+    assert said_of_scores(means) == []
+
+
+def test_few_replies_with_mean_zero_are_left_alone() -> None:
+    """Four scores of ±1 have mean 0 in three updates of eight."""
+    assert said_of_scores(lambda step: 0.0, texts=4) == []
