@@ -22,7 +22,7 @@ from types import ModuleType
 import pytest
 
 import tether
-from tether import config
+from tether import config, runtime_settings
 from tether.cli import COMMANDS
 from tether.knobs import sections
 from tether.metrics import CATALOGUE
@@ -204,7 +204,7 @@ def test_every_command_is_in_the_docs() -> None:
 
 
 def test_every_knob_is_on_a_page() -> None:
-    kinds = [kind for kind in vars(config).values() if isinstance(kind, type)]
+    kinds = {kind for room in (config, runtime_settings) for kind in vars(room).values() if isinstance(kind, type)}
     models = [kind for kind in kinds if issubclass(kind, config.Settings)]
     text = "".join(page.read_text("utf-8") for page in WRITTEN)
     in_full = [

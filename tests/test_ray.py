@@ -27,9 +27,10 @@ from ranked_runs import REAL_WORKERS
 from ray_run_of import STEPS, WORKERS, on_ray, updates_of
 from resumable import count_words, left_behind, settings_of, task_of
 from tether.batch import Prompt
-from tether.config import RaySettings, RunSettings
+from tether.config import RunSettings
 from tether.errors import ModelError, WorkerError
 from tether.runtime import ray_cluster
+from tether.runtime_settings import RaySettings
 from tether.session import Judges, open_policy, train_run
 from tether.store import RunStore
 from tether.workers import WritingWorker

@@ -27,7 +27,7 @@ from stand_in_workers import Local, keep, local_roles
 from tether import judging, writers
 from tether.ahead import Ahead, Request
 from tether.batch import Generation, Origin, Prompts, Sequences
-from tether.config import RunSettings, RuntimeSettings, SamplingSettings, UpdateSettings
+from tether.config import RunSettings, SamplingSettings, UpdateSettings
 from tether.elsewhere import Elsewhere
 from tether.errors import MissingExtraError, ModelError, WorkerError
 from tether.models import LanguagePolicy, load_policy
@@ -41,6 +41,7 @@ from tether.reward_sources import Ensemble, WeightedSum
 from tether.rollouts import sample
 from tether.runtime import ray_cluster
 from tether.runtime.ranks import Ranks
+from tether.runtime_settings import RuntimeSettings
 from tether.session import Judges, train_run
 from tether.store import RunStore
 from tether.streams import uniforms

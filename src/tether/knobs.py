@@ -22,9 +22,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from tether.aliases import FALSE_FRIENDS, FRIENDS
-from tether.config import RunSettings, Settings
+from tether.config import RunSettings
 from tether.errors import ConfigError
 from tether.reward_spec import RewardPart
+from tether.settings import Settings
 
 PREFERRED = ("ppo.", "data.")
 """Where a short name leads if several knobs bear it."""

@@ -42,7 +42,7 @@ class Roles:
 
     writer: RemoteWriter | Elsewhere
     referee: RemoteReferee | Elsewhere | None
-    scorers: list[tuple[RewardModel, Scorer]]
+    scorers: Sequence[tuple[RewardModel, Scorer]]
     """Reward models, and who gives their raw scores."""
 
 
@@ -62,9 +62,8 @@ def ray_roles(
     learners hold the weights in shares, MissingExtraError without Ray, WorkerError where there is no Ray, no room in
     it, or other versions on its machines, and what opening the policy raises there.
     """
-    knobs, overlap = settings.runtime.ray, settings.runtime.overlap
     _refuse_shares(settings)
-    models = reward_models(rewards)
+    knobs, overlap, models = settings.runtime.ray, settings.runtime.overlap, reward_models(rewards)
     with connected(knobs) as cluster:
         cluster.require_store(stored_bytes(policy, models), "two versions of the weights, and the reward models,")
         cluster.reserve(knobs.rollout_workers + knobs.scoring_workers)
@@ -80,14 +79,12 @@ def ray_roles(
         for crew in crews:
             crew.on_restart = tell
         published = Published(policy, partial(_lay_down, knobs.answer_seconds), first)
-        writer, *_ = crews
-        yield Roles(
-            RemoteWriter(writer, published, bound=int(overlap)),
-            RemoteReferee(crews[1], published) if knobs.scoring_workers else None,
-            [(model, partial(remote_scores, crews[1], number)) for number, model in enumerate(models)]
-            if knobs.scoring_workers
-            else [],
-        )
+        writer = RemoteWriter(crews[0], published, bound=int(overlap))
+        if not knobs.scoring_workers:
+            yield Roles(writer, None, [])
+            return
+        judges = [(model, partial(remote_scores, crews[1], number)) for number, model in enumerate(models)]
+        yield Roles(writer, RemoteReferee(crews[1], published), judges)
 
 
 def roles_elsewhere(settings: RunSettings, rewards: Iterable[Reward]) -> Roles:

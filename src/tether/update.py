@@ -8,7 +8,7 @@ nothing but memory. It knows nothing of scores, KL to the reference or β: they 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,24 +93,27 @@ def update(
     epochs: list[_Tally] = []
     skipped: list[str] = []
     norms: list[float] = []
-    stopped = False
-    for order in orders:
-        epochs.append(_Tally())
-        for index in order.chunk(settings.minibatches):
-            minibatch = experience.rows(index)
-            seen, bad = _accumulate(policy, minibatch, optimiser, settings, temperature, policy_frozen, ranks)
-            epochs[-1].include(seen)
-            if epochs[-1].ratio_first is None:
-                epochs[-1].ratio_first = epochs[-1].ratio_max
-            stopped = _drifted(epochs[-1], settings)
-            if stopped:
-                optimiser.clear()
-                break
-            norms.append(_step(optimiser, bad, skipped, policy_frozen, ranks))
-        if stopped:
+    for epoch, index in minibatches(orders, settings.minibatches):
+        if epoch == len(epochs):
+            epochs.append(_Tally())
+        minibatch = experience.rows(index)
+        seen, bad = _accumulate(policy, minibatch, optimiser, settings, temperature, policy_frozen, ranks)
+        epochs[-1].include(seen)
+        if epochs[-1].ratio_first is None:
+            epochs[-1].ratio_first = epochs[-1].ratio_max
+        if _drifted(epochs[-1], settings):
+            optimiser.clear()
             break
+        norms.append(_step(optimiser, bad, skipped, policy_frozen, ranks))
     metrics = _summarise(epochs, norms, len(skipped)) | {"seconds/update": time.perf_counter() - started}
     return Outcome(epochs_used=len(epochs), skipped_steps=len(skipped), metrics=metrics)
+
+
+def minibatches(orders: Int[Tensor, "epochs batch"], parts: int) -> Iterator[tuple[int, Int[Tensor, "minibatch"]]]:
+    """Each epoch's number with the responses of each of its minibatches, in turn."""
+    for epoch, order in enumerate(orders):
+        for index in order.chunk(parts):
+            yield epoch, index
 
 
 def _accumulate(

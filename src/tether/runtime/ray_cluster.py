@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tether.config import RaySettings
 from tether.errors import MissingExtraError, WorkerError
 from tether.runtime.ray_crew import Crew
+from tether.runtime_settings import RaySettings
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
