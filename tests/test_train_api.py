@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -120,6 +121,28 @@ def test_what_is_given_by_name_stays_in_the_run_so_that_commands_can_take_it_up(
     assert cli.run(["eval", "named", "--no-best-of"]) == 0
     assert "gold" in capsys.readouterr().out
     assert cli.run(["fork", "named", "--name", "longer", "--steps", "2"]) == 0
+
+
+def test_the_score_of_a_reward_from_python_is_asked_for_by_name(
+    here: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "mine.py").write_text(
+        "def words(prompts, responses):\n    return [float(len(r.split())) for r in responses]\n"
+        "def other(prompts, responses):\n    return [float(len(r)) for r in responses]\n"
+    )
+    tether.train(policy=checkpoint, reward=read_words(here), prompts=PROMPTS, steps=1, name="python", **SMALL)
+    (here / "held.txt").write_text("\n".join(PROMPTS))
+    capsys.readouterr()
+    assert cli.run(["eval", "python", "--no-best-of"]) == 1
+    told = capsys.readouterr().err
+    assert "what its reward and prompts were, which came from Python" in told
+    assert "--reward FILE.py:NAME --prompts FILE" in told
+    arguments = ["eval", "python", "--no-best-of", "--json", "--prompts", "held.txt", "--timeout", "30", "--reward"]
+    for reward, warnings in (("mine.py:words", 0), ("mine.py:other", 1)):
+        assert cli.run([*arguments, reward]) == 0
+        found = json.loads(capsys.readouterr().out)["warnings"]
+        assert len(found) == warnings
+        assert all("not that of the reward which" in warning for warning in found)
 
 
 def read_words(folder: Path) -> object:

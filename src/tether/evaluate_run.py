@@ -17,6 +17,7 @@ from rich.table import Table
 
 from tether.config import RunSettings
 from tether.database import to_json
+from tether.errors import ConfigError
 from tether.evaluation import (
     BestOf,
     Gain,
@@ -28,15 +29,18 @@ from tether.evaluation import (
     standard_error,
     win_rate,
 )
+from tether.identity import of_reward
 from tether.knobs import read_settings
 from tether.memory_plan import memory_errors_explained
 from tether.models import LanguagePolicy
-from tether.resume import find_point, open_trained
+from tether.resume import Trained, find_point, open_trained
 from tether.runs import ROOT
 from tether.session import Task, heldout_source, open_policy, prepare_process, source_of
 from tether.tasks import open_task
 from tether.terminal import console_for_output
 
+WANTED = {"reward": "FILE.py:NAME", "prompts": "FILE"}
+"""What the flags take, as errors say it."""
 LABELS = {"score": "score (proxy)", "holdout": "hold-out", "gold": "gold"}
 
 
@@ -74,6 +78,7 @@ def main(
     count: int | None = None,
     reward: str | None = None,
     judge: str | None = None,
+    timeout: float | None = None,
     best_of: bool = True,
     json: bool = False,
     root: Path = ROOT,
@@ -86,6 +91,7 @@ def main(
         count: Prompts at most; by default as many as the run's own evaluations.
         reward: The reward, where the run got it from Python.
         judge: A judge of your own, as FILE.py:NAME or whatever a reward may be.
+        timeout: Seconds that the reward and the judge have for a batch; by default as the run has it, else no limit.
         best_of: Draw best-of-n of the reference too; `--no-best-of` leaves it out.
         json: Print one JSON object.
         root: The folder that holds the run folders.
@@ -94,19 +100,61 @@ def main(
     console = Console(stderr=True) if json else console_for_output()
     folder, step = find_point(run, root)
     trained = open_trained(folder, step)
-    given = {
-        "data.prompts": prompts, "data.heldout": prompts, "evaluation.prompts": count, "reward.source": reward,
-        "judge.source": judge, "model.source": None if trained.settings.world else str(trained.source),
-    }  # fmt: skip
-    overrides = [(path, value) for path, value in given.items() if value is not None]
-    settings, _ = read_settings(trained.settings.dump(), overrides, str(folder))
+    settings = _settings(trained, folder, prompts, count, {"reward": reward, "judge": judge}, timeout)
     with memory_errors_explained(settings):
         task = open_task(settings, console)
+        foreign = _another_reward(trained, task, folder)
+        if foreign:
+            console.print(f"warning: {foreign}", soft_wrap=True, markup=False)
         report = evaluate_run(task, settings, trained.policy, trained.checkpoint.step, best_of=best_of)
     if json:
-        print(jsonlib.dumps({"run": str(folder), **jsonlib.loads(to_json(asdict(report)))}))
+        told = {"run": str(folder), "warnings": [foreign] if foreign else []}
+        print(jsonlib.dumps(told | jsonlib.loads(to_json(asdict(report)))))
     else:
         show(report, console)
+
+
+def _settings(
+    trained: Trained,
+    folder: Path,
+    prompts: str | None,
+    count: int | None,
+    judges: Mapping[str, str | None],
+    timeout: float | None,
+) -> RunSettings:
+    """The run's settings with what was given beside them.
+
+    Raises ConfigError, naming the flag, where prompts or reward came from Python and are not given.
+    """
+    own = trained.settings
+    needed = [("reward", own.reward.is_given or judges["reward"]), ("prompts", own.data.prompts or prompts)]
+    lacking = [f"--{name} {WANTED[name]}" for name, known in needed if own.world is None and not known]
+    if lacking:
+        raise ConfigError(
+            f"{folder} does not say what its {' and '.join(name for name, known in needed if not known)} were, which "
+            f"came from Python; give them: {' '.join(lacking)}"
+        )
+    given: dict[str, object] = {
+        "data.prompts": prompts, "data.heldout": prompts, "evaluation.prompts": count,
+        "model.source": None if own.world else str(trained.source),
+    }  # fmt: skip
+    for name, source in judges.items():
+        if source is not None:
+            given |= {f"{name}.source": source, f"{name}.parts": {}, f"{name}.ensemble": ()}
+        given[f"{name}.timeout_seconds"] = timeout
+    overrides = [(path, value) for path, value in given.items() if value is not None]
+    return read_settings(own.dump(), overrides, str(folder))[0]
+
+
+def _another_reward(trained: Trained, task: Task, folder: Path) -> str | None:
+    """What a reader should know where the score is not that of the reward which the run climbed."""
+    recorded = trained.checkpoint.identity.digests.get("reward")
+    if recorded is None or recorded == of_reward(task.judges.reward):
+        return None
+    return (
+        f"the score below is not that of the reward which {folder} was trained against: it changed since, or came "
+        f"from Python; give that one for its score: --reward {WANTED['reward']}"
+    )
 
 
 def evaluate_run(

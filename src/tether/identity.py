@@ -39,6 +39,8 @@ NAMES = {
     "reward": "the reward",
     "prompts": "the set of training prompts",
 }
+PATIENCE = ("timeout_seconds", "retries")
+"""How long a reward is waited for, which changes no score."""
 DEPTH = 8
 """How far a reward that is made of others is looked into."""
 
@@ -197,7 +199,8 @@ def _told_by_kind(thing: object, name: str, depth: int) -> str:
         return str([_told(entry, depth) for entry in thing])
     if is_dataclass(thing):
         return f"{name} {_told({one.name: getattr(thing, one.name) for one in fields(thing)}, depth)}"
-    public = {key: value for key, value in getattr(thing, "__dict__", {}).items() if not key.startswith("_")}
+    everything = getattr(thing, "__dict__", {}).items()
+    public = {key: value for key, value in everything if not key.startswith("_") and key not in PATIENCE}
     return f"{name} {_source(type(thing))} {_told(public, depth)}"
 
 
