@@ -65,8 +65,7 @@ def meter(monkeypatch: pytest.MonkeyPatch) -> Meter:
     monkeypatch.setattr(tether.hacks, "SMALL", 0)  # as for a large model: no further responses for the bank
     monkeypatch.setattr(Watch, "before", made.watched(Watch.before, begins=True))
     monkeypatch.setattr(Watch, "after", made.watched(Watch.after, begins=False))
-    ids = {"evaluate": 1.0, "evaluate_reference": 1.0, "logits_of": 1.0}
-    for name in ids:
+    for name in ("evaluate", "evaluate_reference", "logits_of"):
         counted = made.count(getattr(LanguagePolicy, name), lambda _, sequences, *rest: sequences.ids.numel())
         monkeypatch.setattr(LanguagePolicy, name, counted)
     generated = made.count(

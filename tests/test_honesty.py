@@ -19,6 +19,7 @@ from tether.checks import Tolerance
 from tether.honesty import FALSE_ALARMS, Honesty
 
 ROWS, WIDTH, VOCAB, EOS = 32, 16, 80, 3
+FAVOURITE = 37
 UPDATES = 12
 Numbers = np.ndarray
 
@@ -28,9 +29,12 @@ class Table:
 
     vocab, stops = VOCAB, frozenset({EOS})
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, loops: bool = False) -> None:
+        """`loops`: the same at every place, and sharp, so that what was said comes again."""
         draw = torch.Generator().manual_seed(seed)
         self.logits = 2.0 * torch.randn(WIDTH + 1, VOCAB, VOCAB, generator=draw)
+        if loops:
+            self.logits = 1.6 * self.logits[:1].expand_as(self.logits)
         self.logits[:, :, EOS] += 1.0
         self.old = self.logits + 0.8 * torch.randn(WIDTH + 1, VOCAB, VOCAB, generator=draw)
 
@@ -80,6 +84,17 @@ def unended(logits: Numbers, row: Row, least: int) -> Numbers:
     return chances(logits) if row.place >= least else kept(logits, np.arange(VOCAB) != EOS)
 
 
+def biased(logits: Numbers, bias: float) -> Numbers:
+    return chances(logits + bias * (np.arange(VOCAB) == FAVOURITE))
+
+
+def unrepeated(logits: Numbers, row: Row, size: int) -> Numbers:
+    """No `size` ids in a row may come again, of prompt or response."""
+    ids, last = row.ids, row.ids[len(row.ids) - size + 1 :]
+    banned = {ids[i + size - 1] for i in range(len(ids) - size + 1) if ids[i : i + size - 1] == last}
+    return kept(logits, ~np.isin(np.arange(VOCAB), list(banned)))
+
+
 TRANSFORMS: dict[str, tuple[str, float, Transform]] = {
     "temperature .7": ("temperature_mismatch", 0.7, lambda z, row: chances(z / 0.7)),
     "temperature .85": ("temperature_mismatch", 0.85, lambda z, row: chances(z / 0.85)),
@@ -92,6 +107,9 @@ TRANSFORMS: dict[str, tuple[str, float, Transform]] = {
     "minimum length 8": ("min_length", 8, lambda z, row: unended(z, row, 8)),
     "no EOS at all": ("min_length", 10**9, lambda z, row: unended(z, row, 10**9)),
     "repetition penalty 1.3": ("repetition_penalty", 1.3, lambda z, row: penalised(z, row, 1.3)),
+    "a bonus of 1": ("token_biased", 1.0, lambda z, row: biased(z, 1.0)),
+    "a bonus of 3": ("token_biased", 3.0, lambda z, row: biased(z, 3.0)),
+    "a malus of 1 on the EOS": ("token_biased", -1.0, lambda z, row: chances(z - 1.0 * (np.arange(VOCAB) == EOS))),
 }
 
 
@@ -126,9 +144,15 @@ def told(table: Table, written: list[Row]) -> Rollout:
     )
 
 
-def first_name(seed: int, transform: Transform | None, stale: bool = False) -> tuple[str, float | None, int] | None:
+def first_name(
+    seed: int, transform: Transform | None, stale: bool = False, loops: bool = False
+) -> tuple[str, float | None, int] | None:
     """The first failure that is named, its value, and the update; `sampler_dishonest` waits for a better name."""
-    table, rng, honesty = Table(seed), np.random.default_rng(seed), Honesty(seed, 1.0, Tolerance.of(torch.float32))
+    table, rng, honesty = (
+        Table(seed, loops),
+        np.random.default_rng(seed),
+        Honesty(seed, 1.0, Tolerance.of(torch.float32)),
+    )
     for step in range(UPDATES):
         for alarm in honesty.check(
             table, rollout_of(table, rng, transform, table.old if stale else table.logits), step
@@ -150,6 +174,30 @@ def test_a_transform_is_named_with_its_value(what: str) -> None:
         assert got == pytest.approx(value, rel=0.35) or (name == "min_length" and got >= min(value, WIDTH))
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_ban_of_ngrams_is_named_with_their_size(size: int) -> None:
+    found = [first_name(seed, lambda z, row: unrepeated(z, row, size), loops=True) for seed in range(3)]
+    assert [one and one[:2] for one in found] == [("no_repeat_ngram", size)] * 3
+
+
+def test_a_policy_that_repeats_itself_is_left_alone() -> None:
+    assert [first_name(seed, None, loops=True) for seed in range(3)] == [None] * 3
+
+
+def test_a_banned_token_is_told_with_what_was_seen_and_expected() -> None:
+    table, rng, honesty = Table(0), np.random.default_rng(0), Honesty(0, 1.0, Tolerance.of(torch.float32))
+    banned, expected = np.arange(VOCAB) == FAVOURITE, 0.0
+    for step in range(UPDATES):
+        rollout = rollout_of(table, rng, lambda z, row: kept(z, ~banned), table.logits)
+        expected += float(torch.softmax(table.logits_of(rollout.sequences), dim=-1)[:, FAVOURITE].sum())
+        for alarm in honesty.check(table, rollout, step):
+            assert (alarm.reason, alarm.evidence["token"], alarm.evidence["drawn"]) == ("token_biased", FAVOURITE, 0.0)
+            assert alarm.evidence["expected"] == pytest.approx(expected, rel=0.01) if step < 4 else True
+            assert "banned" in alarm.seen
+            return
+    raise AssertionError("nothing was said")
+
+
 def test_old_weights_are_named() -> None:
     assert [(first_name(seed, None, stale=True) or ("",))[0] for seed in range(3)] == ["stale_sampler"] * 3
 
@@ -163,7 +211,7 @@ def test_a_suspect_sampler_is_looked_at_in_every_update(odds: float, looks: int)
     table, rng, honesty = Table(1), np.random.default_rng(1), Honesty(1, 1.0, Tolerance.of(torch.float32))
     for step in range(4):
         list(honesty.check(table, rollout_of(table, rng, None, table.logits), step))
-    for step in (5, 6, 7):
+    for step in (5, 7, 9):
         honesty.wealth[:] = math.log(odds)
         list(honesty.check(table, rollout_of(table, rng, None, table.logits), step))
     assert honesty.looks == 4 + looks

@@ -134,6 +134,7 @@ class _Place:
     def __init__(self) -> None:
         self.step = 0
         self.stops: tuple[int, ...] = ()
+        self.favourite: int | None = None
 
     def wrap_write(self, original: Original) -> Original:
         def write(sampler: Sampler, ids: Tensor, prompt_mask: Tensor, *rest: Any) -> Any:
@@ -183,6 +184,21 @@ def _repetition_penalty(logits: Tensor, place: _Place, penalty: float = 1.3) -> 
     seen = place.seen()
     old = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(old > 0, old / penalty, old * penalty))
+
+
+def _no_repeat_ngram(logits: Tensor, place: _Place) -> Tensor:
+    seen = place.seen()
+    followed = seen[:, :-1] == seen[:, -1:]
+    banned = torch.zeros_like(logits).scatter_add_(1, seen[:, 1:], followed.to(logits.dtype)) > 0
+    return logits.masked_fill(banned, -torch.inf)
+
+
+def _token_biased(logits: Tensor, place: _Place, bias: float = 1.0) -> Tensor:
+    """Of the token that is likeliest at the start of the first responses, from then on."""
+    if place.favourite is None:
+        chances = torch.softmax(logits, dim=-1).mean(dim=0)
+        place.favourite = int(chances.index_fill(0, torch.tensor(place.stops), 0.0).argmax())
+    return logits.index_add(1, torch.tensor([place.favourite]), logits.new_full((len(logits), 1), bias))
 
 
 def _stale_sampler(stack: ExitStack) -> None:
@@ -292,6 +308,8 @@ PLANTS: dict[str, Plant] = {
     "min_p": _drawn_from(_min_p),
     "min_length": _drawn_from(_min_length),
     "repetition_penalty": _drawn_from(_repetition_penalty),
+    "no_repeat_ngram": _drawn_from(_no_repeat_ngram),
+    "token_biased": _drawn_from(_token_biased),
     "stale_sampler": _stale_sampler,
     "off_by_one": _off_by_one,
     "dropout_on": _dropout_on,

@@ -205,6 +205,16 @@ def _prompt_alone(reward: Reward) -> Reward:
     return changed
 
 
+def _shifted(reward: Reward) -> Reward:
+    """Scores come back one row late."""
+
+    def wrong(prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
+        given = list(reward(prompts, responses, **columns))
+        return given[-1:] + given[:-1]
+
+    return wrong
+
+
 def _skewed(reward: Reward) -> Reward:
     """A reward model reads the first third of each response on the path of the rollout."""
     assert isinstance(reward, RewardModel), "only a reward model has a path of its own"
@@ -340,6 +350,7 @@ PLANTS: dict[str, Plant] = {
     "zero_variance_scores": _reward(_constant),
     "reward_drift": _reward(_drifting),
     "reward_skew": _reward(_skewed),
+    "reward_shifted": _reward(_shifted),
     "reward_reads_prompt_only": _reward(_prompt_alone),
     "policy_still": _policy_still,
     "wrong_update": _wrong_update,

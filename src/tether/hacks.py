@@ -72,7 +72,7 @@ class Hacks:
 
     def look(self, rollout: Rollout, scores: Scores, step: int) -> tuple[dict[str, float], list[Sign]]:
         """Take in one update; every few updates, what the text shows."""
-        past, rows = self.past, _real(rollout.sequences.responses, rollout.response_mask)
+        past, rows = self.past, real_rows(rollout.sequences.responses, rollout.response_mask)
         age, counted = step - past.first, self._count(rows, rollout.texts, rollout.prompts)
         past.seen.add(rows, scores.totals.double().tolist(), step, counted)
         past.overlaps.append(_overlap(rows, rollout))
@@ -107,7 +107,7 @@ class Hacks:
     # ── looks ───────────────────────────────────────────────────────────────────────────────────────────────────────
     def _count(self, rows: Sequence[Ints], texts: Sequence[str], prompts: Prompts) -> dict[str, list[float]]:
         """The features of these responses."""
-        asked = _real(prompts.ids, prompts.mask)
+        asked = real_rows(prompts.ids, prompts.mask)
         return {
             HEDGES: [float(self._lexicon.count(text)) for text in texts],
             COPIED: [float(copied_pairs(row, prompt)) for row, prompt in zip(rows, asked, strict=True)],
@@ -122,7 +122,7 @@ class Hacks:
         knobs = self.run.settings
         draws = uniforms(knobs.seed, "bank", step, prompts.keys, knobs.sampling.max_new_tokens)
         made = policy.generate(prompts, draws, knobs.sampling.temperature).trimmed()
-        rows, texts = _real(made.responses, made.response_mask), policy.decode(made.responses, made.response_mask)
+        rows, texts = real_rows(made.responses, made.response_mask), policy.decode(made.responses, made.response_mask)
         self.past.bank.add(rows, [math.nan] * wanted, step, self._count(rows, texts, prompts))
 
     def _say(self, token: int) -> str:
@@ -178,7 +178,8 @@ class Hacks:
 
 
 # ── texts and rows ──────────────────────────────────────────────────────────────────────────────────────────────────
-def _real(tokens: torch.Tensor, mask: torch.Tensor) -> list[Ints]:
+def real_rows(tokens: torch.Tensor, mask: torch.Tensor) -> list[Ints]:
+    """Each row's ids where the mask is true."""
     return [row[real] for row, real in zip(tokens.cpu().numpy(), mask.cpu().numpy(), strict=True)]
 
 

@@ -4,8 +4,8 @@
 
 If y ~ π then for any distribution q that is known before y is drawn, E[q(y)/π(y)] = 1, so a product of such ratios is a
 fair game: by Ville's inequality it ever exceeds 1/α with probability at most α, however long the run and however often
-it is looked at. The wager is a mixture over all transforms of `tokens.py`, over starting updates, and over the shape of
-the probability integral transform (u = Σ_{v: π(v) > π(y)} π(v) + U·π(y), uniform if y ~ π), which sees transforms that
+it is looked at. The wager is a mixture over all transforms of `tokens.py`, over every token of the vocabulary that may
+be favoured or banned, over starting updates, and over the shape of the probability integral transform (u = Σ_{v: π(v) > π(y)} π(v) + U·π(y), uniform if y ~ π), which sees transforms that
 nobody listed. The name is the transform under which the tokens are most probable; it is said once
 the odds against the next are twenty to one. Read next: `watch.py`.
 """
@@ -27,7 +27,8 @@ from tether.batch import Rollout, Sequences
 from tether.checks import Tolerance
 from tether.runtime.ranks import here
 from tether.streams import stream
-from tether.tokens import DOUBT, FAMILIES, HYPOTHESES, RANKS, TEMPERATURES, Drawn, Facts, doubted, facts_of
+from tether.token_bias import DOUBT, TokenWager
+from tether.tokens import FAMILIES, HYPOTHESES, RANKS, TEMPERATURES, Drawn, Facts, doubted, facts_of, repeats
 
 FALSE_ALARMS = 1e-3
 """α: the probability that an honest run is ever alarmed, over all its updates."""
@@ -42,13 +43,15 @@ FULL_UPDATES = 4
 """Updates at the start whose every token is looked at."""
 ELEMENTS_AT_ONCE, ELEMENTS_AT_START, ELEMENTS_LATER = 2**21, 2**23, 2**22
 """tokens × vocabulary: of one pass, of an update at the start, of a later one."""
-LATER_EVERY, LATER_SHARE = 4, 2
-"""After the start one update in so many is looked at, and in it one row in so many."""
+LATER_EVERY = 2
+"""After the start one update in so many is looked at."""
 SUSPECT, PROVEN = 10.0, 1e12
 """Odds of one transform between which every update is looked at in full. What was won says whether to bet again, not
 what is drawn, so the game stays fair. Nano runs with top-k 20 are named twice as early."""
 NOTHING = -1e300
 """log of no wealth at all, as a plain number."""
+BIAS = "token_biased"
+"""The family of biases of one token, which has a hypothesis for each token and so no grid in `FAMILIES`."""
 REMEMBERED = (
     "wealth", "pit_wealth", "histogram", "tokens", "surprise", "variance", "highest_rank", "ahead", "agreed", "looks",
     "updates", "kl_wealth",
@@ -70,6 +73,21 @@ class Distributions(Protocol):
         """z before temperature at every real response token, rows one after the other, float32."""
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """A policy that still has the states of its last pass."""
+
+    def logits_kept(self, sequences: Sequences, rows: Int[Tensor, "rows"]) -> Float[Tensor, "tokens vocab"] | None:
+        """`logits_of` these rows without another pass; None where it has to be made."""
+
+
+@runtime_checkable
+class Speaks(Protocol):
+    """A policy that says its tokens as text."""
+
+    def decode(self, responses: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> list[str]: ...
+
+
 @dataclass
 class Honesty:
     """The wager of one run."""
@@ -84,6 +102,8 @@ class Honesty:
     pit_wealth: Float[Tensor, "weights"] = field(
         default_factory=lambda: torch.full((len(PIT_WEIGHTS),), -math.inf, dtype=torch.float64)
     )
+    singles: TokenWager = field(default_factory=TokenWager)
+    """The wager on the biases of each token."""
     histogram: Float[Tensor, "bins"] = field(default_factory=lambda: torch.zeros(PIT_BINS, dtype=torch.float64))
     tokens: int = 0
     surprise: float = 0.0
@@ -111,7 +131,7 @@ class Honesty:
         disagreement = _rms(rollout)
         disagrees = disagreement > self.tolerance.logprob
         if self.log_evidence() >= -math.log(FALSE_ALARMS) or disagrees:
-            yield self._alarm(disagreement, disagrees)
+            yield self._alarm(policy, disagreement, disagrees)
         elif self.kl_wealth >= -math.log(FALSE_ALARMS):
             kl = float(rollout.kl.mean())
             yield Alarm("negative_kl", f"K is {kl:.3g} nats, at odds of e^{self.kl_wealth:.1f} against K ≥ 0",
@@ -120,7 +140,8 @@ class Honesty:
 
     def _looks_in_full(self) -> bool:
         """At the start, and while some transform is suspect and not yet proven."""
-        return self.looks < FULL_UPDATES or math.log(SUSPECT) < float(self.wealth.max()) < math.log(PROVEN)
+        odds = max(float(self.wealth.max()), self.singles.best())
+        return self.looks < FULL_UPDATES or math.log(SUSPECT) < odds < math.log(PROVEN)
 
     def _bet_on_the_reference(self, rollout: Rollout) -> None:
         """E_π[Π π_ref/π] = 1 for a whole response: where Σ log π − log π_ref stays below 0, y is not of π."""
@@ -137,6 +158,7 @@ class Honesty:
         counts = self._pit(facts, step)
         gains = torch.stack([_dirichlet_gain(self.histogram, counts, weight) for weight in PIT_WEIGHTS])
         self.pit_wealth = torch.logaddexp(self.pit_wealth, torch.tensor(share, dtype=torch.float64)) + gains
+        self.singles.add(facts.tokens, facts.expected.sum(dim=0), facts.biased.sum(dim=0), share)
         self.looks += 1
         self.histogram = self.histogram + counts
         self.tokens += len(facts.logprobs)
@@ -148,20 +170,25 @@ class Honesty:
     def state(self) -> dict[str, object]:
         """All that was bet and won so far, as plain values."""
         found = {name: getattr(self, name) for name in REMEMBERED}
-        return {name: v.clamp(min=NOTHING).tolist() if isinstance(v, Tensor) else v for name, v in found.items()}
+        plain = {name: v.clamp(min=NOTHING).tolist() if isinstance(v, Tensor) else v for name, v in found.items()}
+        return plain | {"singles": self.singles.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state()`."""
         for name in REMEMBERED:
             value = state[name]
             setattr(self, name, torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value)
+        if "singles" in state:
+            self.singles.restore(state["singles"])
 
     def log_evidence(self) -> float:
         """log of the whole wager; it reaches log 1/α in an honest run with probability α at most."""
-        sizes = [math.log((1.0 - PIT_SHARE) / len(FAMILIES) / len(FAMILIES[name])) for name, _ in HYPOTHESES]
+        family = (1.0 - PIT_SHARE) / (len(FAMILIES) + 1)
+        sizes = [math.log(family / len(FAMILIES[name])) for name, _ in HYPOTHESES]
         named = self.wealth + torch.tensor(sizes, dtype=torch.float64)
+        single = torch.tensor([self.singles.log_evidence() + math.log(family)], dtype=torch.float64)
         shaped = self.pit_wealth + math.log(PIT_SHARE / len(PIT_WEIGHTS))
-        return float(torch.logsumexp(torch.cat([named, shaped]), dim=0)) if self.looks else -math.inf
+        return float(torch.logsumexp(torch.cat([named, single, shaped]), dim=0)) if self.looks else -math.inf
 
     def z(self) -> float:
         """z of E[−log π(y)] = E[H]: below 0 the tokens are more probable than they should be."""
@@ -172,11 +199,14 @@ class Honesty:
         best = dict.fromkeys(FAMILIES, -math.inf)
         for (name, _), value in zip(HYPOTHESES, self.wealth.tolist(), strict=True):
             best[name] = max(best[name], value)
+        best[BIAS] = self.singles.best()
         if self.ahead > 0.0 and self.ahead > max(best.values()):
             return "off_by_one", 1.0, best
         order = sorted(best, key=lambda name: -best[name])
         sure = best[order[0]] > 0.0 and best[order[0]] - best[order[1]] > math.log(ODDS_TO_NAME)
-        return (order[0], self._value(order[0]), best) if sure else ("sampler_dishonest", None, best)
+        if not sure:
+            return "sampler_dishonest", None, best
+        return order[0], self.singles.singled_out().bias if order[0] == BIAS else self._value(order[0]), best
 
     def _value(self, name: str) -> float | None:
         """The transform's parameter: where the likelihood is highest, between grid points where it is smooth."""
@@ -188,7 +218,7 @@ class Honesty:
             return round(_vertex(chosen[best - 1 : best + 2]), 3)
         return chosen[best][0]
 
-    def _alarm(self, disagreement: float, disagrees: bool) -> Alarm:
+    def _alarm(self, policy: object, disagreement: float, disagrees: bool) -> Alarm:
         name, value, best = self.diagnosis()
         evidence = self.log_evidence()
         if name == "sampler_dishonest" and disagrees and evidence < -math.log(FALSE_ALARMS) and self.agreed:
@@ -197,9 +227,15 @@ class Honesty:
         if disagrees:
             told.append(f"the log-probabilities that tokens were drawn with are off the policy's by {disagreement:.3g}")
         told.append(f"surprisal minus entropy has z = {self.z():+.1f}")
-        if value is not None:
+        shown = dict[str, object]()
+        if name == BIAS:
+            single = self.singles.singled_out()
+            text = _text_of(policy, single.token)
+            shown = {"token": single.token, "text": text, "drawn": single.seen, "expected": single.expected}
+            told.append(single.told(text))
+        elif value is not None:
             told.append(_parameter(name, value, self.temperature))
-        return Alarm(name, "; ".join(told), {
+        return Alarm(name, "; ".join(told), shown | {
             "log_evidence": evidence, "z": self.z(), "value": value, "tokens": self.tokens, "rms": disagreement,
             "pit": self.histogram.tolist(), "log_odds": {family: round(ratio, 2) for family, ratio in best.items()},
         })  # fmt: skip
@@ -212,12 +248,11 @@ class Honesty:
         return torch.bincount(places.cpu(), minlength=PIT_BINS).double()
 
     def _rows(self, policy: Distributions, rollout: Rollout) -> Int[Tensor, "rows"]:
-        """The rows to look at: all at the start, later a few in turn; chosen before a token of them is looked at."""
+        """The rows to look at: all, or of a large vocabulary a few in turn; chosen before a token of them is seen."""
         size = len(rollout)
         row = max(1, int(rollout.sequences.response_lengths.max())) * policy.vocab
         full = self._looks_in_full()
-        count = ELEMENTS_AT_START // row if full else min(size // LATER_SHARE, ELEMENTS_LATER // row)
-        count = min(size, max(1, count))
+        count = min(size, max(1, (ELEMENTS_AT_START if full else ELEMENTS_LATER) // row))
         return (torch.arange(count) + self.looks * count) % size
 
 
@@ -231,23 +266,36 @@ def facts_of_rollout(policy: Distributions, rollout: Rollout, temperature: float
         mine = index[ranks.share(len(index))] if is_shared else index
         sequences = rollout.sequences.rows(mine)
         drawn = _drawn(sequences, rollout.ref_logprobs[mine])
-        found = facts_of(policy.logits_of(sequences), drawn, temperature, policy.stops)
+        logits = _kept(policy, rollout, index) if ranks.count == 1 else None
+        logits = policy.logits_of(sequences) if logits is None else logits
+        found = facts_of(logits, drawn, temperature, policy.stops)
         if ranks.count > 1:
             found = found.to("cpu")  # a process says nothing of another one's GPU
         parts += ranks.said(found) if is_shared else [found]
     return Facts.join(parts)
 
 
+def _kept(policy: Distributions, rollout: Rollout, rows: Int[Tensor, "rows"]) -> Float[Tensor, "tokens vocab"] | None:
+    return policy.logits_kept(rollout.sequences, rows) if isinstance(policy, Remembers) else None
+
+
+def _text_of(policy: object, token: int) -> str:
+    only = torch.tensor([[token]])
+    return policy.decode(only, torch.ones_like(only, dtype=torch.bool))[0] if isinstance(policy, Speaks) else ""
+
+
 def _drawn(sequences: Sequences, ref_logprobs: Float[Tensor, "batch response"]) -> Drawn:
     mask = sequences.response_mask
     row, place = mask.nonzero(as_tuple=True)
+    places = sequences.prompt_lengths[row] + place
     columns = torch.arange(sequences.ids.shape[1], device=mask.device)
-    before = columns < (sequences.prompt_lengths[row] + place)[:, None]
+    before = columns < places[:, None]
     return Drawn(
         tokens=sequences.responses[mask],
         place=place,
         seen=sequences.ids[row],
         known=before & _first_of_its_kind(sequences.ids)[row],
+        repeats=repeats(sequences.ids)[row, places],
         ref_logprobs=ref_logprobs[:, : mask.shape[1]][mask],
     )
 
@@ -288,6 +336,7 @@ def _parameter(name: str, value: float, temperature: float) -> str:
         "top_p": f"it keeps a nucleus of about {value:g}",
         "min_p": f"it keeps tokens above about {value:g} of the likeliest",
         "min_length": f"it bans the EOS on the first {value:.0f} tokens or so",
+        "no_repeat_ngram": f"it says no {value:.0f} tokens in a row twice",
         "repetition_penalty": f"its penalty on seen tokens is about {value:g}",
         "off_by_one": f"the distributions stand {abs(value):.0f} place {'on' if value > 0 else 'back'}",
         "stale_sampler": "the tokens fit the reference's weights better than the policy's",

@@ -157,7 +157,9 @@ class LanguagePolicy:
         """log-probabilities, values and entropies of the responses under the policy as it stands."""
         _check_temperature(temperature)
         hidden = self._response_hidden(sequences, self.mode.states)
-        if not hidden.requires_grad:
+        if hidden.requires_grad:
+            self._last.forget()
+        else:
             self._last.keep(sequences, self._trained, hidden)
         tokens = sequences.responses[sequences.response_mask].to(hidden.device)
         logprobs, entropy = selected_logprobs(self.mode.head, hidden, tokens, temperature)
@@ -195,6 +197,15 @@ class LanguagePolicy:
     def logits_of(self, sequences: Sequences) -> Float[Tensor, "tokens vocab"]:
         """z before temperature at every real response token, rows one after the other; for looking at a few rows."""
         return self.mode.head.logits(self._response_hidden(sequences, self.mode.states)).to(sequences.ids.device)
+
+    @torch.no_grad()
+    def logits_kept(self, sequences: Sequences, rows: Int[Tensor, "rows"]) -> Float[Tensor, "tokens vocab"] | None:
+        """`logits_of` these rows from the states that `evaluate` went through; None once they are gone."""
+        hidden = self._last.recall(sequences, self._trained)
+        if hidden is None:
+            return None
+        parts = torch.split(hidden, sequences.response_lengths.tolist())
+        return self.mode.head.logits(torch.cat([parts[row] for row in rows.tolist()])).to(sequences.ids.device)
 
     def decode(self, responses: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> list[str]:
         """The responses as text, special tokens left out."""

@@ -70,10 +70,12 @@ class Remembered:
         return same and self._versions == [weight._version for weight in weights]
 
     def recall(self, sequences: Sequences, weights: Sequence[Tensor]) -> Tensor | None:
-        """The states kept, once; None where they are of other sequences or other weights."""
-        hidden = self._hidden if self.knows(sequences, weights) else None
+        """The states kept; None where they are of other sequences or other weights."""
+        return self._hidden if self.knows(sequences, weights) else None
+
+    def forget(self) -> None:
+        """Give their memory back."""
         self._sequences = self._hidden = None
-        return hidden
 
 
 def gather(sequences: Sequences, hidden: Float[Tensor, "batch total dim"]) -> Float[Tensor, "tokens dim"]:

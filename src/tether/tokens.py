@@ -3,8 +3,9 @@
     logits [tokens, vocab] + drawn tokens ──▶ Facts: for every transform h of the sampler, log q_h(y) − log π(y)
 
 q_h is what y would have been drawn from, had the sampler applied h: a temperature, a cut by rank, nucleus or share, a
-ban of the EOS, a penalty on what was said before, or the distribution one place back. Each is a probability that is
-known before y is drawn, so the ratio q_h/π has expectation 1 under an honest sampler. Read next: `honesty.py`.
+ban of the EOS, a penalty on what was said before, a ban of n-grams that stand there, a bias of one token
+(`token_bias.py`), or the distribution one place back. Each is a probability that is known before y is drawn, so the
+ratio q_h/π has expectation 1 under an honest sampler. Read next: `honesty.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from tether.token_bias import DOUBT, bias_gains
 
 COLD = (0.01, 0.3, 0.5, 0.6, 0.7, 0.8)
 WARM = (8 / 9, 16 / 17, 16 / 15, 8 / 7, 4 / 3, 2.0)
@@ -25,8 +28,10 @@ MASSES = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 LENGTHS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 10**9)
 PENALTIES = (1.02, 1.05, 1.1, 1.2, 1.3, 1.5)
-DOUBT = 0.01
-"""Share of π in every q_h: round-off may carry a token over a cut, and must not refute it."""
+SIZES = (2, 3, 4)
+"""n of the n-grams that may not come again."""
+BIASED_AMONG = 64
+"""Of each token's distribution, the likeliest that a bias is reckoned on exactly."""
 IMPOSSIBLE = -1e4
 
 FAMILIES: dict[str, tuple[float, ...]] = {
@@ -36,6 +41,7 @@ FAMILIES: dict[str, tuple[float, ...]] = {
     "min_p": SHARES,
     "min_length": LENGTHS,
     "repetition_penalty": PENALTIES,
+    "no_repeat_ngram": SIZES,
     "off_by_one": (-1.0,),
     "stale_sampler": (0.0,),
 }
@@ -54,6 +60,8 @@ class Drawn:
     """The ids of the token's row."""
     known: Bool[Tensor, "tokens total"]
     """True on the ids before the token, each id once."""
+    repeats: Bool[Tensor, "tokens sizes total"]
+    """True on the ids that followed, earlier in the row, the n − 1 ids that the token follows; n of SIZES."""
     ref_logprobs: Float[Tensor, "tokens"]
 
 
@@ -75,6 +83,11 @@ class Facts:
     """log q_h(y) − log π(y), without doubt."""
     ahead: Float[Tensor, "tokens"]
     """log of y's probability one place on, minus log π(y); 0 at the end of a row. No wager: that place has seen y."""
+    tokens: Int[Tensor, "tokens"]
+    expected: Float[Tensor, "groups vocab"]
+    """Σ π(v) over a group's tokens: how often v should have been drawn."""
+    biased: Float[Tensor, "groups biases vocab"]
+    """log of the wager on each bias of each token of the vocabulary, over a group's tokens."""
 
     @staticmethod
     def join(parts: list[Facts]) -> Facts:
@@ -90,7 +103,10 @@ def facts_of(logits: Float[Tensor, "tokens vocab"], drawn: Drawn, temperature: f
     every = torch.log_softmax(logits / temperature, dim=-1).clamp_(min=IMPOSSIBLE)
     chances = every.exp()
     own = every.gather(1, drawn.tokens[:, None])
-    table = chances.topk(min(max(RANKS), chances.shape[1]), dim=1).values
+    table, likeliest = chances.topk(min(max(RANKS), chances.shape[1]), dim=1)
+    expected, among = chances.sum(dim=0), slice(min(BIASED_AMONG, table.shape[1]))
+    biased = bias_gains(expected, table[:, among], likeliest[:, among], drawn.tokens, own[:, 0].exp())
+    biased[0, sorted(stops)] = IMPOSSIBLE  # a ban of the EOS has a name of its own
     likelier = chances > own.exp()
     above, rank = _dot(chances, likelier.to(chances.dtype)), likelier.sum(dim=1)
     entropy = -_dot(chances, every)
@@ -100,6 +116,7 @@ def facts_of(logits: Float[Tensor, "tokens vocab"], drawn: Drawn, temperature: f
         _cut(table, own.exp(), above[:, None], rank[:, None]),
         _unended(chances, drawn, stops),
         _penalised(logits, own, drawn, temperature),
+        _unrepeated(chances, drawn),
         (back - own[:, 0])[:, None],
         (drawn.ref_logprobs - own[:, 0])[:, None],
     ]
@@ -111,6 +128,9 @@ def facts_of(logits: Float[Tensor, "tokens vocab"], drawn: Drawn, temperature: f
         rank=rank,
         ratios=torch.cat(ratios, dim=1),
         ahead=ahead - own[:, 0],
+        tokens=drawn.tokens,
+        expected=expected[None],
+        biased=biased[None],
     )
 
 
@@ -126,9 +146,9 @@ def _tempered(chances: Tensor, own: Tensor, table: Tensor) -> Tensor:
     to the power a − 1: q is then no more than the tempered distribution, and the wager on it stays fair.
     """
     most, rest = table[:, :1], (1.0 - table.sum(dim=1)).clamp(min=0.0)
-    shares = table / most
+    shares = (table / most).clamp(min=1e-37).log()
     cold = [
-        (((shares ** (1 / tau)).sum(dim=1) + rest / most[:, 0] * shares[:, -1] ** (1 / tau - 1)).log()
+        (((shares / tau).exp().sum(dim=1) + rest / most[:, 0] * (shares[:, -1] * (1 / tau - 1)).exp()).log()
         + most[:, 0].log() / tau)
         for tau in COLD
     ]  # fmt: skip
@@ -189,6 +209,30 @@ def _penalised(logits: Tensor, own: Tensor, drawn: Drawn, temperature: float) ->
         new = torch.where(drawn.known, (_punish(before, theta) / temperature - total[:, None]).exp(), 0.0).sum(dim=1)
         mine = torch.where(said, _punish(raw, theta), raw) / temperature - total
         columns.append(mine - torch.log((1.0 - old + new).clamp(min=1e-9)) - own[:, 0])
+    return torch.stack(columns, dim=1)
+
+
+def repeats(ids: Int[Tensor, "rows total"]) -> Bool[Tensor, "rows total sizes total"]:
+    """[row, t, n, s]: ids[s] followed, before place t, the same n − 1 ids as stand before t; n of SIZES."""
+    same = ids[:, :, None] == ids[:, None, :]
+    alike = torch.ones_like(same).tril(diagonal=-1)
+    found = list[Tensor]()
+    for back in range(1, max(SIZES)):
+        alike = alike & torch.nn.functional.pad(same[:, :-back, :-back], (back, 0, back, 0))
+        found.append(alike)
+    return torch.stack([found[size - 2] for size in SIZES], dim=2)
+
+
+def _unrepeated(chances: Tensor, drawn: Drawn) -> Tensor:
+    """−log(1 − π(B)) unless y is of B, the tokens that would make an n-gram of the row a second time."""
+    columns = []
+    for size in range(len(SIZES)):
+        banned = torch.zeros_like(chances)
+        banned.scatter_add_(1, drawn.seen, drawn.repeats[:, size].to(chances.dtype))
+        banned.clamp_(max=1.0)
+        mass = _dot(chances, banned).clamp(max=1.0 - 1e-6)
+        is_banned = banned.gather(1, drawn.tokens[:, None])[:, 0] > 0
+        columns.append(torch.where(is_banned, IMPOSSIBLE, -torch.log1p(-mass)))
     return torch.stack(columns, dim=1)
 
 

@@ -26,8 +26,9 @@ from tether.config import CheckSettings
 from tether.errors import AlarmError, RunError
 from tether.following import Following, PromptScores
 from tether.guards import Trends
-from tether.hacks import Hacks
+from tether.hacks import Hacks, real_rows
 from tether.honesty import Distributions, Honesty
+from tether.pairing import Pairing
 from tether.probes import PassProbe, ReferenceProbe, RewardProbe, check_storage, differing_weights, fingerprint
 from tether.shown import Past
 from tether.trainer import Record, Run
@@ -168,6 +169,7 @@ class Watch:
             "climb": self._climb.state(),
             "following": self._probes.following.state(),
             "prompt_scores": self._probes.prompt_scores.state(),
+            "pairing": self._probes.pairing.state(),
             "weights": fingerprint(self._probes.run.policy),
         }
 
@@ -216,6 +218,7 @@ class Watch:
             "climb": self._climb,
             "following": probes.following,
             "prompt_scores": probes.prompt_scores,
+            "pairing": probes.pairing,
         }
         for name in checks.keys() & state.keys():
             try:
@@ -257,6 +260,7 @@ class _Probes:
     hacks: Hacks
     following: Following
     prompt_scores: PromptScores
+    pairing: Pairing
 
     @staticmethod
     def of(run: Run, rollout: Rollout, words: Path | None) -> _Probes:
@@ -269,6 +273,7 @@ class _Probes:
             RewardProbe(run.reward, rollout),
             Honesty(run.settings.seed, temperature, tolerance),
             stops, Hacks(run, words, Past(run.step)), Following(run.settings, tolerance), PromptScores(),
+            Pairing(run.settings.seed),
         )  # fmt: skip
 
     def ask(self, moment: Moment) -> Iterator[Alarm]:
@@ -285,6 +290,9 @@ class _Probes:
             yield from self.reward.check_replies()
         given = moment.scores.totals.tolist()
         yield from self.prompt_scores.check(rollout.prompts.texts, rollout.texts, given)
+        asked = real_rows(rollout.prompts.ids, rollout.prompts.mask)
+        said = real_rows(rollout.sequences.responses, rollout.response_mask)
+        yield from self.pairing.check(asked, said, given, moment.step)
         yield from self.honesty.check(run.policy, rollout, moment.step)
 
     def _due(self, probe: str, step: int) -> bool:
