@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -13,15 +15,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tether import cli, stages
+from tether import cli, phases, stages
 from tether.data import read_preferences
 from tether.errors import InputError
 from tether.loading import parameter_count
 from tether.preferences import Pairs
 from tether.recipe_files import load_recipe
+from tether.reward_fit import RewardTraining
 from tether.reward_model import RewardManifest, RewardModel
 from tether.reward_stage import fit_pairs, learn_preferences, own_replies, report_on_pairs, split_off
-from tether.reward_training import RewardTraining
 from tether.sft_checkpoint import SFTManifest, require_sft
 from tether.worlds.world import World
 from tiny_models import build, build_tokenizer
@@ -131,6 +133,51 @@ def test_a_folder_that_is_taken_is_refused_before_anything_is_learned(
         assert cli.run([command, "--model", str(model), "--data", "d.jsonl", "--out", str(tmp_path)]) == 1
         assert "is there already and holds no" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
+
+
+def interrupted_at(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as the terminal sends it, when this phase of `tether reward` is first told of, or while it writes."""
+    told, save = phases.Phases.__call__, RewardModel.save_pretrained
+
+    def heard(self: phases.Phases, name: str, *rest: object) -> None:
+        told(self, name, *rest)  # type: ignore[arg-type]
+        if name == phase:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def saved(self: RewardModel, folder: Path) -> None:
+        if phase == "writing" and folder.name != "holdout":
+            os.kill(os.getpid(), signal.SIGINT)
+        save(self, folder)
+
+    monkeypatch.setattr(phases.Phases, "__call__", heard)
+    monkeypatch.setattr(RewardModel, "save_pretrained", saved)
+
+
+@pytest.mark.parametrize(
+    ("phase", "told", "left"),
+    [
+        ("reference replies", "", False),
+        ("reward model", "", False),
+        ("holdout model", "; the reward model was finished and is in {out}; its twin was not", True),
+        ("writing", "; {out} is written", True),
+    ],
+)
+def test_ctrl_c_in_each_phase_is_one_line_and_what_was_finished_is_kept(
+    phase: str, told: str, left: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, out = written(tmp_path / "p.jsonl", comparisons(12)), tmp_path / "rm"
+    interrupted_at(phase, tmp_path, monkeypatch)
+    arguments = ["reward", "--model", str(model), "--data", data, "--out", str(out), "--holdout", "--epochs", "1"]
+    assert cli.run([*arguments, "--reference-samples", "4", "--max-new-tokens", "3"]) == cli.EXIT_INTERRUPTED
+    complaints = capfd.readouterr().err.strip().splitlines()
+    assert complaints[-1] == f"tether reward: stopped by Ctrl-C{told.format(out=out)}"
+    assert len(complaints) == 1 + (phase == "writing")  # which is noticed at once, too
+    assert out.exists() == left
+    if left:
+        assert RewardManifest.load(out).details["role"] == "reward"
+        assert json.loads((out / "report.json").read_text())["reward"]["pairs"] == 6
+        assert (out / "holdout").exists() == (phase == "writing")
 
 
 def test_an_interruption_is_one_line_and_leaves_no_folder(
@@ -255,18 +302,25 @@ def test_knobs_that_are_not_said_are_the_usual_ones_of_the_world_or_of_own_data(
     monkeypatch.setattr(stages, "parameter_count", lambda _: 10_000_000)
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out])
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out, "--epochs", "5", "--all-weights"])
-    assert seen[0] == RewardTraining(top_layers=None, epochs=4, learning_rate=1e-3, batch_pairs=8, seed=0)
+    assert seen[0] == RewardTraining(None, epochs=40, learning_rate=1e-3, batch_pairs=8, seed=0, validation=0.2)
     assert seen[1] == RewardTraining(top_layers=None, epochs=5, learning_rate=1e-3, batch_pairs=8, seed=0)
     usual = recipe.preferences
     assert (seen[2].epochs, seen[2].learning_rate) == (usual.epochs, usual.learning_rate)
-    assert (seen[2].batch_pairs, seen[2].seed) == (3, 7)
-    assert seen[3] == RewardTraining(top_layers=3, epochs=2, learning_rate=3e-4, batch_pairs=8, seed=0)
+    assert (seen[2].batch_pairs, seen[2].seed, seen[2].validation) == (3, 7, 0.0)
+    assert seen[3] == RewardTraining(top_layers=3, epochs=40, learning_rate=3e-4, batch_pairs=8, validation=0.2)
     assert seen[4] == RewardTraining(top_layers=None, epochs=5, learning_rate=3e-4, batch_pairs=8, seed=0)
 
 
-@pytest.mark.parametrize(("pairs", "epochs"), [(1, 4), (1000, 4), (1333, 3), (64_000, 2)])
-def test_a_small_body_sees_few_pairs_more_often(pairs: int, epochs: int, model: Path) -> None:
-    assert stages.usual_for(str(model), pairs).epochs == epochs
+@pytest.mark.parametrize(
+    ("pairs", "weights", "epochs", "validation"),
+    [(1, 9_999_999, 40, 0.2), (1000, 0, 16, 0.2), (64_000, 0, 2, 0.2), (499, 10_000_000, 32, 0.2), (500, 10**7, 2, 0)],
+)
+def test_a_small_body_and_few_pairs_have_their_passes_chosen(
+    pairs: int, weights: int, epochs: int, validation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "parameter_count", lambda _: weights)
+    usual = stages.usual_for("body", pairs)
+    assert (usual.epochs, usual.validation) == (epochs, validation)
 
 
 @pytest.mark.parametrize("command", ["sft", "reward"])

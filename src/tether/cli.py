@@ -133,8 +133,8 @@ def _call(name: str, command: Command, arguments: list[str]) -> int:
     except (TetherError, command.complains_in) as error:
         _complain(f"tether {name}: {error}")
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        _complain(f"tether {name}: stopped by Ctrl-C")
+    except KeyboardInterrupt as stop:
+        _complain("; ".join([f"tether {name}: stopped by Ctrl-C", *map(str, stop.args)]))
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return 0

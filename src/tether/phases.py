@@ -24,7 +24,9 @@ class Phases:
         if self._console.is_terminal:
             if phase not in self._tasks:
                 self._tasks[phase] = self._progress.add_task(phase, total=total)
-            self._progress.update(self._tasks[phase], completed=done, description=f"{phase} {note}".strip())
+            self._progress.update(
+                self._tasks[phase], completed=done, total=total, description=f"{phase} {note}".strip()
+            )
         elif done == total or done % max(total // PLAIN_LINES, 1) == 0:
             self._console.print(f"{phase}: {done} of {total} {note}".rstrip(), soft_wrap=True)
 

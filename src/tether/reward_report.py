@@ -33,12 +33,16 @@ BINS = 5
 """Of the confidence σ(|margin|), from ½ to 1."""
 LENGTH_ALARM = 0.3
 """Within-pair correlation of score and length from which a reader is warned, when gold explains less."""
+STANDARD_ERRORS = 2.0
+"""Of the gap to the floor, from which chance does not explain it."""
 COMMONEST_WORDS = 4096
 """Vocabulary of the floor."""
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 """λ of the floor's ½λ|w|², of which a fifth of the training pairs chooses one."""
 
-_WORD = re.compile(r"\w+|[^\w\s]")
+UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")
+"""Scripts whose words no space parts (kana, Chinese signs, Thai): there a sign counts as a word."""
+_WORD = re.compile(rf"{UNSPACED.pattern}|(?:(?!{UNSPACED.pattern})\w)+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class RewardReport:
     """√(p(1 − p)/pairs); where pairs share responses, √(Σ_group (Σ_pair right − p)²)/pairs."""
     floor_accuracy: float
     """The bag of words', on the same pairs."""
+    floor_gap_se: float
+    """Standard error of accuracy − floor_accuracy, pair by pair; counted as in `accuracy_se`."""
     ceiling_accuracy: float | None
     """What the gold scorer itself reaches, whose labels are noisy; None where gold or noise is not known."""
     log_loss: float
@@ -90,10 +96,7 @@ class RewardReport:
                 "standard errors: PPO against it is noise. Give it more pairs, or less noise in the labels."
             )
         if self.floor_accuracy > self.accuracy:
-            found.append(
-                f"a bag of words reaches {self.floor_accuracy:.2f} where the model reaches {self.accuracy:.2f}: it has "
-                "learned no more than which words are liked, and PPO will find those words."
-            )
+            found.append(self._below_the_floor())
         if self.length_correlation > max(LENGTH_ALARM, (self.gold_length_correlation or 0.0) + LENGTH_ALARM):
             gold = self.gold_length_correlation
             truth = "" if gold is None else f" (gold: {gold:+.2f})"
@@ -102,6 +105,24 @@ class RewardReport:
                 "PPO will write longer. Balance the lengths of chosen and rejected, and watch length/mean."
             )
         return tuple(found)
+
+    def _below_the_floor(self) -> str:
+        """What it means that the bag of words is ahead, whether or not by chance."""
+        gap = self.floor_accuracy - self.accuracy
+        compared = (
+            f"a bag of words reaches {self.floor_accuracy:.3f} where the model reaches {self.accuracy:.3f} on the same "
+            f"held-out pairs ({gap:.3f} ± {self.floor_gap_se:.3f} less)"
+        )
+        if gap <= STANDARD_ERRORS * self.floor_gap_se:
+            return (
+                f"{compared}, which may be chance: it has learned no more than which words are liked, and PPO will "
+                "find those words. More pairs, or a larger body, would show what else there is to learn."
+            )
+        return (
+            f"below the floor: {compared}. Do not train against this model. Give it more pairs, a body that was "
+            "trained on such text, another --learning-rate, or passes that pairs set aside choose (--validation 0.2); "
+            "where words are all that counts, a Python function that counts them is the better reward."
+        )
 
     def line(self, role: str) -> str:
         """What the model of this role is worth, in a line."""
@@ -138,12 +159,14 @@ def measure(
     gold = None if heldout.margins is None else np.array(heldout.margins)
     every_gold = np.array([*(heldout.chosen_gold or ()), *(heldout.rejected_gold or ())])
     every_score = np.concatenate([good, bad])
-    accuracy = accuracy_of(margins)
+    accuracy, floor = accuracy_of(margins), word_margins(trained_on, heldout)
+    right, floor_right = _right(margins), _right(floor)
     return RewardReport(
         pairs=len(heldout),
         accuracy=accuracy,
-        accuracy_se=_standard_error(margins, accuracy, heldout.units),
-        floor_accuracy=accuracy_of(word_margins(trained_on, heldout)),
+        accuracy_se=_standard_error(right, heldout.units),
+        floor_accuracy=accuracy_of(floor),
+        floor_gap_se=_standard_error(right - floor_right, heldout.units),
         ceiling_accuracy=_ceiling(gold, heldout.origin.get("noise")),
         log_loss=float(np.logaddexp(0.0, -margins).mean()),
         brier=float(((1.0 - preference(margins, 1.0)) ** 2).mean()),
@@ -159,13 +182,18 @@ def measure(
 
 def accuracy_of(margins: Numbers) -> float:
     """Share of margins above 0; 0 counts half."""
-    return float((np.sign(margins) + 1.0).mean() / 2.0)
+    return float(_right(margins).mean())
 
 
-def _standard_error(margins: Numbers, accuracy: float, units: Sequence[Sequence[int]]) -> float:
-    """Of the accuracy: groups are independent, pairs within one are not. Liang & Zeger 1986."""
-    excess = (np.sign(margins) + 1.0) / 2.0 - accuracy
-    return float(np.sqrt(sum(excess[list(unit)].sum() ** 2 for unit in units)) / len(margins))
+def _right(margins: Numbers) -> Numbers:
+    """1 where the margin is above 0, ½ at 0."""
+    return (np.sign(margins) + 1.0) / 2.0
+
+
+def _standard_error(values: Numbers, units: Sequence[Sequence[int]]) -> float:
+    """Of the mean of one value a pair: groups are independent, pairs within one are not. Liang & Zeger 1986."""
+    excess = values - values.mean()
+    return float(np.sqrt(sum(excess[list(unit)].sum() ** 2 for unit in units)) / len(values))
 
 
 def calibrate(margins: Numbers) -> tuple[CalibrationBin, ...]:
@@ -222,7 +250,7 @@ def _softplus(x: Tensor) -> float:
 
 
 def _vocabulary(pairs: Pairs) -> dict[str, int]:
-    seen = Counter(word for text in (*pairs.chosen, *pairs.rejected) for word in set(_words(text)))
+    seen = Counter(word for text in (*pairs.chosen, *pairs.rejected) for word in set(words_of(text)))
     return {word: place for place, (word, _) in enumerate(seen.most_common(COMMONEST_WORDS))}
 
 
@@ -232,7 +260,7 @@ def _differences(pairs: Pairs, vocabulary: dict[str, int]) -> Tensor:
         (row, vocabulary[word], sign)
         for row, sides in enumerate(zip(pairs.chosen, pairs.rejected, strict=True))
         for text, sign in zip(sides, (1.0, -1.0), strict=True)
-        for word in _words(text)
+        for word in words_of(text)
         if word in vocabulary
     ]
     rows, words, signs = zip(*entries, strict=True) if entries else ((), (), ())
@@ -243,12 +271,17 @@ def _differences(pairs: Pairs, vocabulary: dict[str, int]) -> Tensor:
     ).coalesce()
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Its words in lower case, its marks, and its signs where words are not parted.
+
+    >>> words_of("Yes, I do 好的")
+    ['yes', ',', 'i', 'do', '好', '的']
+    """
     return _WORD.findall(text.lower())
 
 
 def _lengths(texts: Sequence[str]) -> Numbers:
-    return np.array([len(_words(text)) for text in texts], dtype=np.float64)
+    return np.array([len(words_of(text)) for text in texts], dtype=np.float64)
 
 
 def _ceiling(gold_margins: Numbers | None, noise: object) -> float | None:

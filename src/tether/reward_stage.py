@@ -23,9 +23,10 @@ from tether.loading import Precision, Source, layer_count
 from tether.models import LanguagePolicy, load_policy
 from tether.preferences import Pairs
 from tether.prompts import PromptSet, PromptSource, TooLong, fit, shorten
+from tether.reward_fit import RewardTraining
 from tether.reward_model import RewardModel
-from tether.reward_report import RewardReport, report_on
-from tether.reward_training import RewardTraining, train_reward_model, train_two, untrained
+from tether.reward_report import UNSPACED, RewardReport, report_on
+from tether.reward_training import train_reward_model, train_two, untrained
 from tether.streams import permutation, uniforms
 
 REPLIES_AT_ONCE = 32
@@ -116,12 +117,13 @@ def learn_preferences(
     dtype: Precision = "auto",
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    finished: Callable[[LearnedReward], None] | None = None,
 ) -> LearnedReward:
     """A reward model on the body of `base` that learns these pairs.
 
     `heldout`: share of the pairs that is measured and not learned. `holdout`: train the twin on one half of the pairs
     instead. `reference`: prompts and replies on which the score gets mean 0 and standard deviation 1; by default all
-    responses of the pairs.
+    responses of the pairs. `finished` is called with the reward model while its twin is not yet learned.
 
     Raises InputError where there are too few pairs, a text is too long, or a share is out of bounds, ModelError where
     `base` does not fit, NonFiniteError where a gradient is not finite.
@@ -129,7 +131,12 @@ def learn_preferences(
     report = report_on_pairs(pairs)
     options = asdict(settings) | {"tokenizer": tokenizer, "dtype": dtype, "device": device}
     if holdout:
-        two = train_two(pairs, base, reference=reference, progress=progress, **options)
+
+        def one_done(model: RewardModel, worth: RewardReport) -> None:
+            if finished is not None:
+                finished(LearnedReward(model, worth, report))
+
+        two = train_two(pairs, base, reference=reference, progress=progress, finished=one_done, **options)
         return LearnedReward(two.reward, two.reward_report, report, two.holdout, two.holdout_report)
     learned, measured = split_off(pairs, heldout, settings.seed)
     told = progress and partial(progress, "reward")
@@ -162,7 +169,7 @@ def split_off(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:
 
 def report_on_pairs(pairs: Pairs) -> PairsReport:
     """Lengths of the two sides in words, and what was counted when the pairs were read."""
-    chosen, rejected = ([len(text.split()) for text in side] for side in (pairs.chosen, pairs.rejected))
+    chosen, rejected = ([_length(text) for text in side] for side in (pairs.chosen, pairs.rejected))
     unequal = [good > bad for good, bad in zip(chosen, rejected, strict=True) if good != bad]
     counted = {name: pairs.origin.get(name, 0) for name in ("identical", "duplicates", "dropped", "shortened")}
     return PairsReport(
@@ -174,6 +181,11 @@ def report_on_pairs(pairs: Pairs) -> PairsReport:
         unread=str(pairs.origin["unread"]) if "unread" in pairs.origin else None,
         **{name: number if isinstance(number, int) else 0 for name, number in counted.items()},
     )
+
+
+def _length(text: str) -> int:
+    """Words between spaces; of a script that has none, its signs."""
+    return sum(max(1, len(UNSPACED.findall(word))) for word in text.split())
 
 
 def fit_pairs(

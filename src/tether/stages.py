@@ -7,14 +7,14 @@ all, and says what came of it, with `--json` for programs. Read next: `finetune.
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from tether.config import PreferenceSettings
 from tether.data import read_demonstrations, read_preferences
 from tether.errors import ConfigError, InputError
 from tether.finetune import Finetuned, Finetuning, finetune
@@ -23,9 +23,10 @@ from tether.phases import phases
 from tether.preferences import Pairs
 from tether.prompts import TooLong
 from tether.recipe_files import load_recipe
+from tether.reward_fit import RewardTraining
 from tether.reward_model import MANIFEST_FILE as REWARD_MANIFEST
 from tether.reward_stage import LearnedReward, fit_pairs, learn_preferences, own_replies, report_on_pairs
-from tether.reward_training import RewardTraining
+from tether.runtime.interrupt import Interrupt
 from tether.session import prepare_process
 from tether.sft_checkpoint import MANIFEST_FILE as SFT_MANIFEST
 from tether.sft_checkpoint import require_free
@@ -36,12 +37,15 @@ from tether.worlds.world import WorldName, open_world
 REPORT_FILE = "report.json"
 HOLDOUT_FOLDER = "holdout"
 """Where the twin stands, within the reward model's folder."""
-OWN_PREFERENCES = PreferenceSettings(epochs=2, learning_rate=3e-4, batch_pairs=8)
-"""How preferences of one's own are learned where nothing is said; only what concerns learning is read."""
-OWN_PREFERENCES_SMALL = PreferenceSettings(epochs=4, learning_rate=1e-3, batch_pairs=8, top_layers=None)
-"""The same on a body below `SMALL` weights: its lower layers know little that is worth freezing, and it needs more
-and larger steps; so many epochs, unless `SMALL_SEES` comparisons are seen in fewer."""
-SMALL_SEES, FEWEST_EPOCHS = 4000, 2
+OWN = RewardTraining(top_layers=6, epochs=2, learning_rate=3e-4, batch_pairs=8)
+"""How preferences of one's own are learned where nothing is said."""
+OWN_SMALL = RewardTraining(top_layers=None, epochs=40, learning_rate=1e-3, batch_pairs=8, validation=0.2)
+"""The same on a body below `SMALL` weights: its lower layers know little that is worth freezing, it needs larger steps,
+and how many depends on the pairs."""
+MOST_SEEN, FEWEST_EPOCHS = 16_000, 2
+"""Where the number of passes is chosen, so many comparisons are seen at most, or so many passes are made."""
+FEW_PAIRS = 500
+"""Below so many, the number of passes is chosen on any body: two of sixty pairs are fifteen steps."""
 
 
 # ── tether sft ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,7 +118,8 @@ def main_sft(
             model, shown, knobs, chat_template=template, dtype=dtype,
             progress=lambda done, total, loss: tell("learning", done, total, f"loss {loss:.3f}"),
         )  # fmt: skip
-    made.save_pretrained(out)
+    with _to_the_end(out):
+        made.save_pretrained(out)
     if json:
         print(jsonlib.dumps({"out": str(out), **made.report.as_dict()}))
     _tell_sft(made, out, console)
@@ -169,6 +174,7 @@ def main_reward(
     epochs: int | None = None,
     learning_rate: float | None = None,
     batch_pairs: int | None = None,
+    validation: float | None = None,
     reference: str | None = None,
     reference_samples: int = 128,
     max_new_tokens: int = 64,
@@ -194,9 +200,11 @@ def main_reward(
         heldout: Without the twin, the share that is measured and not learned; usual 0.05 to 0.2.
         top_layers: Layers trained above a frozen trunk; none = 6, and all weights of a body below 10 million.
         all_weights: Train everything, whatever the body's size.
-        epochs: Passes over the pairs; none = 2, and 4000/pairs, 2 to 4, below 10 million weights; usual 1 to 4.
-        learning_rate: Adam's at the start, falls to 0; none = 3e-4, and 1e-3 below 10 million; usual 1e-5 to 1e-3.
+        epochs: Passes over the pairs; none = 2, or as many as `validation` chooses; usual 1 to 4.
+        learning_rate: Adam's; none = 3e-4, and 1e-3 below 10 million weights; usual 1e-5 to 1e-3.
         batch_pairs: Pairs in a step; none = 8; usual 8 to 64. Of a world these four are, by default, its recipe's.
+        validation: Share of the pairs that chooses the number of passes; none = 0.2 below 10 million weights or 500
+            pairs where `epochs` is not said, else 0: the passes are made as said, and the learning rate falls to 0.
         reference: The checkpoint on whose replies the score gets mean 0 and standard deviation 1; none = the model.
         reference_samples: How many of them; 0 takes the responses of the pairs; usual 64 to 512.
         max_new_tokens: Of such a reply, at most.
@@ -218,18 +226,27 @@ def main_reward(
         console.print(f"{len(given.pairs)} comparisons from {data}", soft_wrap=True)
     _tell_warnings(report_on_pairs(given.pairs).warnings, console)
     said = {"epochs": epochs, "learning_rate": learning_rate, "batch_pairs": batch_pairs, "seed": seed}
+    said |= {"validation": 0.0 if validation is None and epochs is not None else validation}
     knobs = _training(said, given.usual, None if all_weights else top_layers or _layers(given.base, given.usual))
-    with phases(console) as tell:
-        replies = None
-        if given.samples:
-            replies = own_replies(
-                reference or given.base, given.pairs.prompts, given.samples, max_new_tokens=max_new_tokens, seed=seed,
-                dtype=dtype, progress=lambda done, total: tell("reference replies", done, total),
+    done: list[LearnedReward] = []
+    try:
+        with phases(console) as tell:
+            replies = None
+            if given.samples:
+                replies = own_replies(
+                    reference or given.base, given.pairs.prompts, given.samples, max_new_tokens=max_new_tokens,
+                    seed=seed, dtype=dtype, progress=lambda done, total: tell("reference replies", done, total),
+                )  # fmt: skip
+            learned = learn_preferences(
+                given.pairs, given.base, knobs, heldout=heldout, holdout=holdout, reference=replies, dtype=dtype,
+                progress=lambda role, done, total, loss: tell(f"{role} model", done, total, f"loss {loss:.3f}"),
+                finished=done.append,
             )  # fmt: skip
-        learned = learn_preferences(
-            given.pairs, given.base, knobs, heldout=heldout, holdout=holdout, reference=replies, dtype=dtype,
-            progress=lambda role, done, total, loss: tell(f"{role} model", done, total, f"loss {loss:.3f}"),
-        )  # fmt: skip
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        _save_reward(done[0], out)
+        raise KeyboardInterrupt(f"the reward model was finished and is in {out}; its twin was not") from None
     _save_reward(learned, out)
     if json:
         print(jsonlib.dumps({"out": str(out), **learned.as_dict()}))
@@ -242,45 +259,49 @@ class _Given:
 
     pairs: Pairs
     base: str
-    usual: PreferenceSettings
+    usual: RewardTraining
     samples: int
     """Replies of the reference that the score is normalised on; 0 takes the responses of the pairs."""
 
 
 def _of_world(world: WorldName, model: str | None, seed: int, console: Console) -> _Given:
     place, settings = open_world(world), load_recipe(world).with_seed(seed)
-    return _Given(world_pairs(place, settings, console), model or str(place.model), settings.preferences, 0)
+    knobs = settings.preferences
+    usual = RewardTraining(knobs.top_layers, knobs.epochs, knobs.learning_rate, knobs.batch_pairs)
+    return _Given(world_pairs(place, settings, console), model or str(place.model), usual, 0)
 
 
 def _of_file(pairs: Pairs, base: str, samples: int) -> _Given:
     return _Given(pairs, base, usual_for(base, len(pairs)), samples)
 
 
-def usual_for(base: str, pairs: int) -> PreferenceSettings:
+def usual_for(base: str, pairs: int) -> RewardTraining:
     """How so many preferences of one's own are learned on this body, where nothing is said."""
-    if parameter_count(base) >= SMALL:
-        return OWN_PREFERENCES
-    most = OWN_PREFERENCES_SMALL.epochs
-    epochs = min(max(round(SMALL_SEES / max(pairs, 1)), FEWEST_EPOCHS), most)
-    return OWN_PREFERENCES_SMALL.model_copy(update={"epochs": epochs})
+    small = parameter_count(base) < SMALL
+    usual = OWN_SMALL if small else OWN
+    if not small and pairs >= FEW_PAIRS:
+        return usual
+    epochs = min(max(round(MOST_SEEN / max(pairs, 1)), FEWEST_EPOCHS), OWN_SMALL.epochs)
+    return replace(usual, epochs=epochs, validation=OWN_SMALL.validation)
 
 
-def _layers(base: str, usual: PreferenceSettings) -> int | None:
+def _layers(base: str, usual: RewardTraining) -> int | None:
     """As many as are usual, or all above the trunk that the model has; None where all weights are usual."""
     return None if usual.top_layers is None else min(usual.top_layers, layer_count(base))
 
 
-def _training(said: Mapping[str, int | float | None], usual: PreferenceSettings, layers: int | None) -> RewardTraining:
+def _training(said: Mapping[str, int | float | None], usual: RewardTraining, layers: int | None) -> RewardTraining:
     """The knobs that were said, and the usual ones for the rest."""
-    base = RewardTraining(layers, usual.epochs, usual.learning_rate, usual.batch_pairs)
-    return replace(base, **{name: value for name, value in said.items() if value is not None})  # type: ignore[arg-type]
+    known = {name: value for name, value in said.items() if value is not None}
+    return replace(usual, top_layers=layers, **known)  # type: ignore[arg-type]
 
 
 def _save_reward(learned: LearnedReward, out: Path) -> None:
-    learned.reward.save_pretrained(out)
-    if learned.holdout is not None:
-        learned.holdout.save_pretrained(out / HOLDOUT_FOLDER)
-    (out / REPORT_FILE).write_text(jsonlib.dumps(learned.as_dict(), indent=2) + "\n", "utf-8")
+    with _to_the_end(out):
+        learned.reward.save_pretrained(out)
+        if learned.holdout is not None:
+            learned.holdout.save_pretrained(out / HOLDOUT_FOLDER)
+        (out / REPORT_FILE).write_text(jsonlib.dumps(learned.as_dict(), indent=2) + "\n", "utf-8")
 
 
 def _tell_reward(learned: LearnedReward, out: Path, console: Console) -> None:
@@ -292,6 +313,15 @@ def _tell_reward(learned: LearnedReward, out: Path, console: Console) -> None:
 
 
 # ── both ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+@contextmanager
+def _to_the_end(out: Path) -> Iterator[None]:
+    """What was learned is written whole: Ctrl-C counts after the block; a second one at once."""
+    with Interrupt(f"writing {out} to the end; once more leaves at once") as stop:
+        yield
+    if stop.wanted:
+        raise KeyboardInterrupt(f"{out} is written")
+
+
 def _tell_warnings(warnings: tuple[str, ...], console: Console) -> None:
     for warning in warnings:
         console.print(f"  warning: {warning}", soft_wrap=True)
