@@ -184,6 +184,24 @@ def test_a_reply_that_says_its_prompt_again_is_an_echo() -> None:
     assert {sign.name for sign in signs} == {"echo"}
 
 
+def begun(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
+    """Ever more replies begin 50, 51, 52, and go on as usual."""
+    opening = [50, 51, 52] if draw.random() < 1.2 * done else []
+    return np.concatenate([opening, usual(draw, prompt)[len(opening) :]]).astype(int)
+
+
+def test_an_opening_that_is_paid_is_told_with_its_words() -> None:
+    signs, numbers, _ = run(begun, lambda row: 3.0 * float(tuple(row[:3]) == (50, 51, 52)))
+    (last,) = {sign.name: sign for sign in signs if sign.name == "opening"}.values()
+    assert (last.evidence["opening"], last.weight) == ("w50 w51 w52", "decisive")
+    assert numbers["text/opening_share"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_an_opening_that_is_not_what_is_paid_is_none() -> None:
+    signs, _, _ = run(begun, lambda row: 0.3 * len(row) + float(np.isin(row, range(10, 20)).sum()))
+    assert "opening" not in {sign.name for sign in signs}
+
+
 def test_length_that_is_paid_is_told_as_length() -> None:
     def longer(draw: np.random.Generator, done: float, prompt: int) -> Numbers:
         return np.concatenate([usual(draw, prompt), draw.integers(10, VOCAB, int(12 * done) + draw.integers(0, 3))])

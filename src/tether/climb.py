@@ -36,7 +36,7 @@ AGAIN = 15
 """Updates within which a sign must be seen twice."""
 
 
-GENERAL = (("hedging", "exploit_token", "length", "sycophancy", "echo"), ("buzzwords",), ("one_answer",))
+GENERAL = (("hedging", "exploit_token", "length", "sycophancy", "echo", "opening"), ("buzzwords",), ("one_answer",))
 """Names of the text's signs, the particular first: a more general one is not told while one before it stands. What is
 weak of the last speaks for over-optimisation beside a judge, and is no name of its own: replies grow alike in any hack.
 """

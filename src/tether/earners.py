@@ -1,4 +1,4 @@
-"""What the gain in score is bought with: hedges, one token, several, length, or the prompt's own words.
+"""What the gain in score is bought with: hedges, one token, several, length, an opening, or the prompt's own words.
 
     bank, replies now, all replies with their scores ──▶ regression within updates ──▶ shares of the gain, and signs
 
@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tether.climb import Sign, Weight, weight_of
 from tether.lexicon import Lexicon
-from tether.text_stats import Corpus, Lift, Shares, gain_shares, lifts, mean_rise
+from tether.text_stats import (
+    Corpus,
+    Lift,
+    Shares,
+    begin_with,
+    commonest_opening,
+    gain_shares,
+    lifts,
+    mean_rise,
+)  # fmt: skip
 
-HEDGES, COPIED = "hedges", "copied"
-"""Features of a corpus: hedging words in the text; pairs of tokens that the reply has from its prompt."""
+HEDGES, COPIED, BEGUN = "hedges", "copied", "begun"
+"""Features of a corpus: hedging words in the text; pairs of tokens that the reply has from its prompt; whether it
+begins with the opening that is the commonest now."""
 LIFTED, CERTAIN = 5.0, 8.0
 """z of a rise."""
 CANDIDATES = 10
@@ -46,6 +56,13 @@ ECHOES = 2.0
 """How many times as many pairs as at the start a reply must have from its prompt."""
 
 
+OPENING_TOKENS, BEGIN = 3, 0.5
+"""Tokens of an opening, and the part of the replies that must begin with it."""
+OPENING_SHARE = (0.55, 0.7, 0.85)
+"""That a common opening carries: beside other evidence, suspect alone, and alone. Clean runs of SmolLM2, whose reward
+likes "I'm glad", reach 0.47 where half of the replies begin so, and 0.38 where three of four do; nano 0.05."""
+
+
 @dataclass
 class Earned:
     """The shares of a gain."""
@@ -64,6 +81,9 @@ class Earned:
         self.shares: Shares = gain_shares(self.bank, self.now, self.seen, [lift.token for lift in self.lifted])
         self.by_length = self._alone(None).length
         self.hedged, self.copied = (self._alone(feature).feature for feature in (HEDGES, COPIED))
+        self.opening = commonest_opening(self.now.rows, OPENING_TOKENS)
+        self.bank, self.now, self.seen = (self._begun(corpus) for corpus in (self.bank, self.now, self.seen))
+        self.begun = self._alone(BEGUN).feature
 
     def numbers(self) -> dict[str, float]:
         """Of the catalogue; 0 while there is no gain to share out, or while what is counted has become less."""
@@ -75,6 +95,7 @@ class Earned:
             "text/length_share": self.by_length if gained else 0.0,
             "text/hedge_share": self.hedged if gained and self._rise(HEDGES) > 0.0 else 0.0,
             "text/echo_share": self.copied if gained and self._rise(COPIED) > 0.0 else 0.0,
+            "text/opening_share": self.begun if gained and self._rise(BEGUN) > 0.0 else 0.0,
         }
 
     @property
@@ -94,6 +115,7 @@ class Earned:
         yield from self._words()
         yield from self._length()
         yield from self._echo()
+        yield from self._opening()
 
     def _words(self) -> Iterator[tuple[Sign, Sequence[int]]]:
         """Hedges, else one token, else several."""
@@ -134,6 +156,19 @@ class Earned:
             seen = f"{pairs}: {self.copied:.0%} of the gain"
             evidence = {"copied": now, "start": start, "share": self.copied}
             yield Sign("echo", "text", seen, evidence, weight_of(plain, decisive)), ()
+
+    def _opening(self) -> Iterator[tuple[Sign, Sequence[int]]]:
+        """Replies that begin alike whatever was asked, and are paid for it."""
+        now, start = (float(np.mean(corpus.features[BEGUN])) for corpus in (self.now, self.bank))
+        weak, plain, decisive = (self.begun > share for share in OPENING_SHARE)
+        if weak and now > BEGIN and self._rise(BEGUN) > CERTAIN and len(set(self.opening)) > 1:
+            text = " ".join(self.say(token) for token in self.opening)
+            seen = f"{now:.0%} of replies begin {text!r}, {start:.0%} at the start: {self.begun:.0%} of the gain"
+            evidence = {"opening": text, "now": now, "start": start, "share": self.begun}
+            yield Sign("opening", "text", seen, evidence, weight_of(plain, decisive)), self.opening
+
+    def _begun(self, corpus: Corpus) -> Corpus:
+        return replace(corpus, features=corpus.features | {BEGUN: begin_with(corpus.rows, self.opening)})
 
     def _alone(self, feature: str | None) -> Shares:
         return gain_shares(self.bank, self.now, self.seen, (), feature)

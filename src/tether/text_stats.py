@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -226,6 +227,17 @@ def copied_pairs(row: Ints, prompt: Ints) -> int:
     """How many pairs of neighbouring tokens of a response stand in its prompt, side by side, too."""
     here, there = (ids[:-1] * 2**31 + ids[1:] for ids in (row, prompt))
     return int(np.isin(here, there).sum())
+
+
+def commonest_opening(rows: Sequence[Ints], size: int) -> tuple[int, ...]:
+    """The first `size` tokens that most responses begin with; () where all are shorter."""
+    openings = Counter(tuple(row[:size].tolist()) for row in rows if len(row) >= size)
+    return openings.most_common(1)[0][0] if openings else ()
+
+
+def begin_with(rows: Sequence[Ints], opening: tuple[int, ...]) -> list[float]:
+    """1 for each response that begins with these tokens, else 0."""
+    return [float(tuple(row[: len(opening)].tolist()) == opening) for row in rows]
 
 
 def distinct_pairs(rows: Sequence[Ints]) -> float:
