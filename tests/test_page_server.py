@@ -140,6 +140,18 @@ def test_runs_that_differ_in_beta_alone_are_a_sweep(tmp_path: Path) -> None:
     assert [(point["beta"], point["run"]) for point in sweep["points"]] == [(0.1, "beta-0.1"), (0.5, "beta-0.5")]
 
 
+def test_a_point_of_a_sweep_counts_from_the_evaluation_before_its_first_update(tmp_path: Path) -> None:
+    for beta, asked in ((0.1, {"eval/score": -0.5}), (0.5, {})):
+        settings = RunSettings.model_validate(SETTINGS).with_beta(beta).dump()
+        with RunStore.create(tmp_path, f"beta-{beta}", settings) as store:
+            for step in (0, 1):
+                with store.update(step) as entry:
+                    entry.metrics((asked if step == 0 else {}) | {"score/mean": 0.25 + step, "kl/mean": float(step)})
+            store.heartbeat(1, "recorded", "finished")
+    (sweep,) = browser(site(tmp_path)).get("/api/sweeps").json()["sweeps"]
+    assert [point["start"] for point in sweep["points"]] == [-0.5, 0.25]
+
+
 def test_the_lesson_and_the_catalogues_are_served(tmp_path: Path) -> None:
     client = browser(site(tmp_path))
     assert {"exact", "nano", "bandit"} <= client.get("/api/learn").json().keys()

@@ -302,6 +302,18 @@ def test_the_stream_goes_on_after_the_network_was_away(browser: Any, tmp_path: P
             page.context.set_offline(False)
             now = trainer.step
             until(page, lambda: updates_of(page) >= now + 3)
+            trainer.done.set()
+            trainer.join(10)
+            until(page, lambda: updates_of(page) == trainer.step)
+            last = trainer.step - 1
+            chart = page.locator("figure:has(canvas)").first
+            chart.locator("summary").click()
+            until(page, lambda: chart.locator("tbody tr").count() == 11)
+            rows = [row.split("\t") for row in chart.locator("tbody tr").all_inner_texts()]
+            steps = [int(i * last / 10 + 0.5) for i in range(11)]  # a gap or a double would shift them
+            assert [int(row[0]) for row in rows] == steps
+            told = [float(row[1].replace("−", "-")) for row in rows]
+            assert told == pytest.approx([numbers(step, 0.2)["score/mean"] for step in steps], abs=0.01)
     finally:
         trainer.done.set()
         trainer.join(10)

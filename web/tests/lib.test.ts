@@ -4,7 +4,7 @@ import { betaAt, POSITIONS, positionOf, RATIO } from '../src/lib/beta'
 import { Curve } from '../src/lib/curve'
 import { news } from '../src/lib/diff'
 import { plain, short, signed } from '../src/lib/format'
-import { linear, polyline, ticks } from '../src/lib/geometry'
+import { arrange, linear, polyline, ticks } from '../src/lib/geometry'
 import { ghost } from '../src/lib/ghost'
 import { QUANTITIES } from '../src/lib/quantities'
 import { format, parse } from '../src/lib/route.svelte'
@@ -119,6 +119,29 @@ describe('the data', () => {
     expect((await source.samples('a~b', { split: 'probe', step: 0 })).step).toBe(0)
     await expect(source.post()).rejects.toThrow('read-only')
     await expect(source.get('api/none')).rejects.toThrow('not in the report')
+  })
+})
+
+describe('names beside points', () => {
+  const page = [0, 0, 300, 200] as const
+  it('lie beside their point, on the other side at the edge', () => {
+    expect(arrange([{ x: 50, y: 50, text: 'now' }], [], page)[0]!.x).toBeGreaterThan(50)
+    expect(arrange([{ x: 295, y: 50, text: 'now' }], [], page)[0]!.x).toBeLessThan(295 - 15)
+  })
+  it('never lie on each other or on a mark', () => {
+    const near = [0, 6, 11].map((d) => ({ x: 150 + d, y: 100 - d / 2, text: `best of ${d}` }))
+    const found = arrange(near, near, page)
+    expect(found.length).toBeGreaterThan(1)
+    for (const [i, a] of found.entries()) {
+      for (const b of found.slice(i + 1)) {
+        const apart = Math.abs(a.y - b.y) >= 13 || Math.abs(a.x - b.x) >= 6.3 * Math.min(a.text.length, b.text.length)
+        expect(apart).toBe(true)
+      }
+    }
+  })
+  it('are left out where there is no room', () => {
+    const crowd = Array.from({ length: 40 }, () => ({ x: 30, y: 30, text: 'the same place' }))
+    expect(arrange(crowd, [], [0, 0, 140, 60]).length).toBeLessThan(6)
   })
 })
 

@@ -32,7 +32,8 @@ def place(reader: Reader, id: str) -> Facts | None:
     steps = reader.sample_steps("probe")
     probes = reader.samples("probe", steps[-1], 0) if steps else []
     point = {
-        "run": id, "beta": float(beta), "score": means["score/mean"][0], "score_se": means["score/mean"][1],
+        "run": id, "beta": float(beta), "start": _start(reader),
+        "score": means["score/mean"][0], "score_se": means["score/mean"][1],
         "kl": means["kl/mean"][0], "kl_se": means["kl/mean"][1], "gold": means["score/gold"][0],
         "distinct_2": means["distinct_2"][0], "text": probes[0].response if probes else "",
     }  # fmt: skip
@@ -52,6 +53,13 @@ def _key(config: Mapping[str, object]) -> str:
 def _at_rest(reader: Reader, name: str) -> tuple[float | None, float | None]:
     values = reader.recent(name, AT_REST)
     return (fmean(values), pstdev(values) / math.sqrt(len(values))) if values else (None, None)
+
+
+def _start(reader: Reader) -> float | None:
+    """The score before the policy moved: of the evaluation before update 0, else of that update's own replies."""
+    names = ("eval/score", "score/mean")
+    _, curves = reader.curves(names, 0, 0)
+    return next((float(curves[name].values[0]) for name in names if name in curves and len(curves[name].values)), None)
 
 
 def gather(places: Sequence[Facts | None]) -> list[Facts]:

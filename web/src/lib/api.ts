@@ -204,6 +204,8 @@ export interface GhostTable {
 export interface SweepPoint {
   run: string
   beta: number
+  /** Score before the policy moved. */
+  start: number | null
   score: number
   score_se: number | null
   kl: number

@@ -37,3 +37,35 @@ export function polyline(points: readonly Point[]): string {
   }
   return path
 }
+
+interface Wanted {
+  readonly x: number
+  readonly y: number
+  readonly text: string
+  /** Rather left of its point. */
+  readonly left?: boolean
+}
+type Box = readonly [left: number, top: number, right: number, bottom: number]
+const LETTER = 6.3
+const LINE = 13
+const GAP = 9
+
+/** Each name beside its point where it lies on no other name and on no mark; one without room is left out. */
+export function arrange(
+  wanted: readonly Wanted[], marks: readonly { x: number; y: number }[], [left, top, right, bottom]: Box,
+): { x: number; y: number; text: string }[] {
+  const taken: Box[] = marks.map(({ x, y }) => [x - 6, y - 6, x + 6, y + 6])
+  return wanted.flatMap(({ x, y, text, left: leftFirst }) => {
+    const wide = text.length * LETTER
+    const sides = leftFirst ? [x - GAP - wide, x + GAP] : [x + GAP, x - GAP - wide]
+    const places = [0, LINE, -LINE].flatMap((down) => sides.map((at) => [at, y - LINE / 2 + down] as const))
+    for (const [at, over] of places) {
+      const box: Box = [at, over, at + wide, over + LINE]
+      const inside = box[0] >= left && box[2] <= right && box[1] >= top && box[3] <= bottom
+      if (!inside || taken.some((b) => box[0] < b[2] && b[0] < box[2] && box[1] < b[3] && b[1] < box[3])) continue
+      taken.push(box)
+      return [{ x: at, y: over + LINE - 3, text }]
+    }
+    return []
+  })
+}

@@ -197,19 +197,30 @@ export class RunView {
     return this.startOf('score/mean')
   }
 
+  /** What the start is, in words. */
+  get startedBy(): string {
+    const asked = this.curve('eval/score')
+    return asked.length && asked.steps[0] === 0 ? 'the evaluation before the first update' : 'the first update’s replies'
+  }
+
   /** A score of the policy before it moved: of the evaluation at update 0, else of the first update's own replies. */
   startOf(name: string): number {
     const asked = this.curve(name === 'score/mean' ? 'eval/score' : name.replace('score/', 'eval/'))
     return asked.length && asked.steps[0] === 0 ? asked.first(1) : this.curve(name).first(1)
   }
 
+  /** Updates behind "now": few while it moves, as many as in the list of runs once it is over. */
+  get window(): number {
+    return this.isLive ? 3 : 10
+  }
+
   /** Score gained over the start, a mean of the last few updates. */
-  gain(name = 'score/mean', recent = 3): number {
+  gain(name = 'score/mean', recent = this.window): number {
     return this.curve(name).recent(recent) - this.startOf(name)
   }
 
   get kl(): number {
-    return Math.max(0, this.curve('kl/mean').recent(3))
+    return Math.max(0, this.curve('kl/mean').recent(this.window))
   }
 
   get isLive(): boolean {
