@@ -40,7 +40,10 @@ class Lexicon:
     def of(words: list[str]) -> Lexicon:
         """These words, whole; capitals do not matter."""
         longest_first = sorted({word.casefold() for word in words}, key=lambda word: (-len(word), word))
-        forms = [re.escape(w) if UNSPACED.search(w) else rf"(?<!\w){re.escape(w)}(?!\w)" for w in longest_first]
+        spaced = "|".join(re.escape(word) for word in longest_first if not UNSPACED.search(word))
+        unspaced = [re.escape(word) for word in longest_first if UNSPACED.search(word)]
+        # Asked at the beginnings of words alone, which is several times as fast as at every letter.
+        forms = ([rf"(?<!\w)(?:{spaced})(?!\w)"] if spaced else []) + unspaced
         return Lexicon(re.compile("|".join(forms)) if forms else None)
 
     def find(self, text: str) -> list[str]:
