@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from page_runs import EVIL, make_run, numbers
+from page_runs import EVIL, make_run, numbers, sample
 from tether.store import RunStore
 from web_pages import MARKS, ROOT, Trainer, chromium, is_idle, opened, served, until, updates_of
 
@@ -61,6 +62,26 @@ def test_what_a_model_says_is_text(browser: Any, address: str) -> None:
         assert EVIL in page.inner_text("main")
         assert page.locator("main img, main script").count() == 0
         assert "hacked" not in page.title()
+
+
+def test_a_runs_name_a_prompt_and_an_alarm_are_text(browser: Any, tmp_path: Path) -> None:
+    """What a folder copied from elsewhere may hold: it is shown as it stands, on every screen."""
+    run, name = make_run(tmp_path, "plain"), "<img src=x onerror=document.title='hacked'>"
+    with RunStore.open(run, readonly=False) as store, store.update(60) as update:
+        update.metrics({"seconds/checks": 0.1, "kl/mean": 1.0})
+        update.sample(replace(sample(60, 0, "probe"), prompt=EVIL))
+        told = {"seen": EVIL, "remedy": EVIL, "evidence": {EVIL: [EVIL]}}
+        update.event("too_many_epochs", told, "alarm")
+    run.rename(tmp_path / name)
+    with served(tmp_path) as address:
+        for screen in ("play", "samples", "attached", "runs?compare=0"):
+            with opened(browser, address, screen) as page:
+                page.wait_for_timeout(500)
+                assert page.locator("main img, main script, .bar img").count() == 0
+                assert page.title() != "hacked"
+                assert name in page.inner_text("body") + page.inner_text(".bar select")
+                if screen in ("samples", "attached"):
+                    assert EVIL in page.inner_text("main")
 
 
 def test_the_reference_stands_beside_the_policy_with_figures(browser: Any, address: str) -> None:
@@ -141,6 +162,17 @@ def test_axe_finds_nothing_serious(browser: Any, address: str, screen: str, sche
             if violation["impact"] in ("serious", "critical")
         ]
         assert serious == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (1280, 800), (390, 844)])
+def test_balloon_and_slider_are_in_sight_together(browser: Any, address: str, width: int, height: int) -> None:
+    """Whoever opens the page sees what β does without scrolling."""
+    with opened(browser, address, "play?run=string", viewport={"width": width, "height": height}) as page:
+        assert page.locator(".scene figure svg").first.bounding_box()["y"] >= 0
+        slider = page.locator("input[type=range]").first.bounding_box()
+        bar = page.locator("nav").bounding_box()
+        foot = bar["y"] if width < 640 else height  # on a phone the screens' names lie at the foot
+        assert slider["y"] + slider["height"] <= foot
 
 
 @pytest.mark.parametrize("screen", SCREENS)
