@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import tether.checking
 from tether.alarms import FAILURES
 from tether.checking import main
 from tether.config import RunSettings
+from tether.pluck import Answer, Pluck
 from tether.store import RunStore
 from tether.verdict import judge
 
@@ -78,3 +80,25 @@ def test_what_is_no_run_or_has_no_update_is_misused(tmp_path: Path, capsys: pyte
     RunStore.create(tmp_path, "empty", RunSettings(world="nano").dump()).close()
     assert main(str(tmp_path / "empty")) == 2
     assert "no update yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "word", "code"),
+    [("pulls", "HOLDING", 0), ("nothing to pull", "HOLDING", 0), ("silent", "NOT ATTACHED", 1),
+     ("pushes", "NOT ATTACHED", 1)],
+)  # fmt: skip
+def test_a_string_that_does_not_answer_is_not_attached_whatever_was_seen_before(
+    answer: Answer, word: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    told = Pluck(answer, (4.2, 4.3, 4.4), 0.5, 0.8)
+    monkeypatch.setattr(tether.checking, "_pluck", lambda _: told)
+    run_of(tmp_path)
+    assert main("run", root=tmp_path, pluck=True) == code
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.startswith(word)
+    assert told.sentence() in out
+    assert ("next" in out) == (code == 1)
+    assert main("run", root=tmp_path, pluck=True, json=True) == code
+    said = json.loads(capsys.readouterr().out)
+    assert (said["verdict"], said["pluck"]["answer"]) == (word, answer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json as jsonlib
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,7 @@ def main(run: str, /, root: Path = ROOT, json: bool = False, pluck: bool = False
             verdict = judge(store)
             crew = crew_of(store.meta(), store.latest())
         answer = _pluck(folder) if pluck else None
+        verdict = plucked(verdict, answer)
     except RunError as error:
         print(f"tether check: {error}", file=sys.stderr)
         return MISUSED
@@ -65,16 +66,22 @@ def main(run: str, /, root: Path = ROOT, json: bool = False, pluck: bool = False
         show(verdict, console_for_output())
         print("".join(f"\nnext    {line}\n" for line in next_step(verdict, run)), end="")
         print("".join(f"\nshared by {line}" for line in crew), end="\n" * bool(crew))
-        if answer is not None:
+        if answer is not None and answer.is_attached:
             print(f"\npluck: {answer.sentence()}")
-    attached = answer is None or answer.is_attached
-    return QUIET if verdict.is_quiet and attached else ALARMED
+    return QUIET if verdict.is_quiet else ALARMED
 
 
 def _pluck(folder: Path) -> Pluck:
     from tether.pluck import pluck_run
 
     return pluck_run(folder, Console(stderr=True))
+
+
+def plucked(verdict: Verdict, answer: Pluck | None) -> Verdict:
+    """The verdict once the string was pulled at: one that does not answer is not attached, whatever was seen before."""
+    if answer is None or answer.is_attached:
+        return verdict
+    return replace(verdict, word="NOT ATTACHED", reason=f"pulled at, {answer.sentence()}")
 
 
 def described(verdict: Verdict) -> dict[str, object]:
@@ -115,6 +122,8 @@ def next_step(verdict: Verdict, run: str) -> list[str]:
         "SLACK": f"tether steer {run} beta={2 * beta:.2g} while it trains, or {branch} --beta {2 * beta:.2g}",
         "TAUT": f"tether steer {run} beta={0.5 * beta:.2g} while it trains, or {branch} --beta {0.5 * beta:.2g}",
     }
+    if verdict.word == "NOT ATTACHED" and not any(alarm.lasts for alarm in verdict.alarms):
+        return [f"mend what the sentence above names, begin anew, and pull again: tether check {run} --pluck"]
     if verdict.word in steps:
         return [steps[verdict.word]]
     return [] if verdict.is_quiet else [f"the string holds; mend the cause, then {branch}"]
