@@ -73,7 +73,8 @@ USUAL_LENGTH = 14.0
 
 
 SETTINGS: Mapping[str, Callable[[RunSettings], Mapping[str, object]]] = {
-    **dict.fromkeys(("buzzwords", "sycophancy", "hedging", "exploit_token", "length", "over_optimised"), _weaker),
+    **dict.fromkeys(("buzzwords", "sycophancy", "hedging", "exploit_token", "length"), _weaker),
+    "over_optimised": lambda run: {"ppo.reward.beta": 0.02 * run.ppo.reward.beta},
     "too_many_epochs": lambda run: {
         "ppo.update.epochs": 16,
         "ppo.update.early_stop_kl": None,
