@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -30,6 +31,7 @@ from page_site import (
 from tether.config import RunSettings
 from tether.control import Control
 from tether.errors import RunError
+from tether.page import told
 from tether.page.ghost import Bank, ghost, reweight
 from tether.page.report import write_report
 from tether.store import RunStore
@@ -165,6 +167,33 @@ def test_the_list_gives_the_verdict_before_anybody_has_asked_for_it(tmp_path: Pa
     listed = client.get("/api/runs").json()["runs"][0]
     assert listed["verdict"] is not None
     assert listed["verdict"] == client.get("/api/runs/one/verdict").json()["verdict"]
+
+
+def test_the_list_does_not_wait_for_the_verdicts_of_long_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are worked out one after the other, each again only when something happened to its run."""
+    monkeypatch.setattr(told, "LONG", 4)
+    runs = [make_run(tmp_path, name, status="finished") for name in ("one", "two")]
+    page = site(tmp_path)
+    client = browser(page)
+
+    def words() -> list[object]:
+        return [line["verdict"] for line in client.get("/api/runs").json()["runs"]]
+
+    def catch_up() -> None:
+        asyncio.run(told.catch_up(page.library.shelves()))
+
+    assert words() == [None, None]
+    catch_up()
+    assert sorted(words(), key=str) == ["HOLDING", None]
+    catch_up()
+    assert words() == ["HOLDING", "HOLDING"]
+    for run in runs:
+        with RunStore.open(run, readonly=False) as store, store.update(6) as entry:
+            entry.metrics({"kl/mean": 1.0, "seconds/checks": 0.1})
+            entry.event("kl_sign", {"seen": "", "remedy": ""}, "alarm")
+    catch_up()
+    catch_up()
+    assert words() == ["NOT ATTACHED", "NOT ATTACHED"]
 
 
 def test_a_folder_that_is_not_there_yet_is_an_empty_list(tmp_path: Path) -> None:

@@ -35,13 +35,16 @@ from tether.page.stream import MOST_RUNS, Stream, read_cursors
 from tether.page.sweeps import gather, place
 from tether.page.told import (
     cached_verdict,
+    catch_up,
     chosen,
     failures_facts,
     ghost_of,
+    last_word,
     learn_text,
     lengths,
     metrics_facts,
     session_facts,
+    word_of,
 )
 from tether.steering import submit
 
@@ -116,12 +119,13 @@ class Page:
     async def _scan(self) -> None:
         """Look for new runs every two seconds."""
         while True:
-            await self.library.scan()
+            await catch_up(await self.library.scan())
             await asyncio.sleep(SCAN_SECONDS)
 
     def _lists(self) -> tuple[int, list[object]]:
         jobs = self.jobs.facts()
-        seen = (self.library.ids(), [job["state"] for job in jobs if isinstance(job, dict)])
+        words = [(shelf.id, last_word(shelf)) for shelf in self.library.shelves()]
+        seen = (words, [job["state"] for job in jobs if isinstance(job, dict)])
         if seen != self._seen:
             self._seen, self._version = seen, self._version + 1
         return self._version, jobs
@@ -165,7 +169,7 @@ class Page:
 
     def _summary(self, reader: Reader, shelf: Shelf) -> facts.Facts:
         line = facts.summary(reader, shelf.id, shelf.name, self.library.clock())
-        return line | {"verdict": cached_verdict(shelf, reader)["verdict"]}
+        return line | {"verdict": word_of(shelf, reader)}
 
     async def run(self, request: Request) -> Response:
         """Everything of a run that is small."""

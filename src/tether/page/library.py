@@ -148,9 +148,9 @@ class Library:
             self._shelves.setdefault(id, Shelf(id, path, str(path.relative_to(self.root)), Worker(str(path))))
         return [self._shelves[id] for id in found]
 
-    def ids(self) -> list[str]:
+    def shelves(self) -> list[Shelf]:
         """The runs that the last scan found."""
-        return list(self._shelves)
+        return list(self._shelves.values())
 
     async def find(self, id: str) -> Shelf | None:
         """The run of an id. Only ids of runs that a scan found are known, so no id is ever a path."""

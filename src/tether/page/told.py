@@ -6,19 +6,20 @@ Read next: `facts.py` (what a run is said to be), `app.py` (the routes), `report
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 import tether
 from tether.alarms import FAILURES, FAULTS
-from tether.errors import RunError
+from tether.errors import RunError, TetherError
 from tether.metrics import CATALOGUE
 from tether.page import facts
 from tether.page.ghost import BANK_FILE, Bank, ghost
 from tether.page.library import Library, Shelf
-from tether.page.reading import Reader
+from tether.page.reading import UPDATE, Reader
 from tether.records import Curve
 from tether.runs import knob
 from tether.store import RunStore
@@ -30,6 +31,8 @@ NO_LESSON = {
     "command": "python bench/learn.py",
 }
 """What the lesson has where its recording does not ship."""
+LONG = 2000
+"""Updates of a run above which its verdict takes a tenth of a second: the list of runs does not wait for it."""
 
 
 def session_facts(library: Library, may_steer: bool, can_play: bool, read_only: bool = False) -> facts.Facts:
@@ -57,6 +60,35 @@ def lengths(curves: Mapping[str, Curve]) -> dict[str, int]:
 def cached_verdict(shelf: Shelf, reader: Reader) -> facts.Facts:
     """The verdict, worked out anew when there is something new."""
     return shelf.once("verdict", reader.verdict_key(), lambda: facts.verdict(reader))
+
+
+def word_of(shelf: Shelf, reader: Reader) -> object:
+    """The verdict's word for the list; of a long run the last one that was worked out, for the list waits for none."""
+    return last_word(shelf) if reader.count(UPDATE) > LONG else cached_verdict(shelf, reader)["verdict"]
+
+
+def last_word(shelf: Shelf) -> object:
+    """The word that was worked out last; None before the first time."""
+    _, verdict = shelf.cached.get("verdict", (None, None))
+    return verdict["verdict"] if isinstance(verdict, Mapping) else None
+
+
+async def catch_up(shelves: Iterable[Shelf]) -> None:
+    """Work out the verdict of the first long run in the list to which something has happened since the last time."""
+    for shelf in [shelf for shelf in shelves if int(str(shelf.known.get("updates", 0))) > LONG]:
+        try:
+            if await shelf.ask(partial(_catch_up, shelf)):
+                return
+        except TetherError:  # its disk does not answer, or it is gone: another one's turn
+            continue
+
+
+def _catch_up(shelf: Shelf, reader: Reader) -> bool:
+    key, _ = shelf.cached.get("verdict", (None, None))
+    if isinstance(key, tuple) and key[-1] == reader.verdict_key()[-1]:
+        return False
+    cached_verdict(shelf, reader)
+    return True
 
 
 def ghost_of(reader: Reader) -> facts.Facts:
