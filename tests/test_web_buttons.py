@@ -45,7 +45,7 @@ def test_a_new_run_is_started_by_a_button_and_gone_to(browser: Any, tmp_path: Pa
         until(page, lambda: "running" in state_of(page))
         assert state_of(page).startswith("update 5 of 5")
         assert page.get_by_role("button", name="cut the string").is_enabled()
-        assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["old", "play-1"]
+        assert sorted(path.parent.name for path in tmp_path.glob("*/run.db")) == ["old", "play-1"]
 
 
 def test_a_run_is_forked_by_a_button_and_the_fork_is_gone_to(browser: Any, tmp_path: Path) -> None:
