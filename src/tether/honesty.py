@@ -5,9 +5,10 @@
 If y ~ π then for any distribution q that is known before y is drawn, E[q(y)/π(y)] = 1, so a product of such ratios is a
 fair game: by Ville's inequality it ever exceeds 1/α with probability at most α, however long the run and however often
 it is looked at. The wager is a mixture over all transforms of `tokens.py`, over every token of the vocabulary that may
-be favoured or banned, over starting updates, and over the shape of the probability integral transform (u = Σ_{v: π(v) > π(y)} π(v) + U·π(y), uniform if y ~ π), which sees transforms that
-nobody listed. The name is the transform under which the tokens are most probable; it is said once
-the odds against the next are twenty to one. Read next: `watch.py`.
+be favoured or banned, over starting updates, and over the shape of the probability integral transform
+(u = Σ_{v: π(v) > π(y)} π(v) + U·π(y), uniform if y ~ π), which sees transforms that nobody listed. The name is the
+transform under which the tokens are most probable; it is said once the odds against the next are twenty to one.
+Read next: `watch.py`.
 """
 
 from __future__ import annotations
