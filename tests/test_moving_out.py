@@ -98,4 +98,4 @@ def test_every_name_of_verl_has_its_place() -> None:
 def test_the_command_prints_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["recipes", "to", "verl", "own"]) in (0, 1)
     assert run(["recipes", "to", "openrlhf", "smollm2"]) == 0
-    assert "--init_kl_coef 0.07" in capsys.readouterr().out
+    assert "--init_kl_coef 0.1" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -135,6 +136,14 @@ def test_a_folder_that_is_taken_is_refused_before_anything_is_learned(
     assert [path.name for path in tmp_path.iterdir()] == ["diary.txt"]
 
 
+@pytest.fixture
+def from_a_terminal() -> Iterator[None]:
+    """Ctrl-C reaches the process, also where the tests run in the background, which begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted_at(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C as the terminal sends it, when this phase of `tether reward` is first told of, or while it writes."""
     told, save = phases.Phases.__call__, RewardModel.save_pretrained
@@ -153,6 +162,7 @@ def interrupted_at(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(RewardModel, "save_pretrained", saved)
 
 
+@pytest.mark.usefixtures("from_a_terminal")
 @pytest.mark.parametrize(
     ("phase", "told", "left"),
     [
