@@ -27,6 +27,9 @@ START = 5
 SETTLED = 50
 """Updates after which a string may be called slack or taut."""
 WINDOW = 20
+MOVED = 4.0
+"""A controller has had its time once it could have moved β so many times. After it could have doubled it, a clean
+adaptive run (target 4, horizon of 25 batches) stood at 1.56 × its target."""
 MOST_DRIFT, MOST_CLIPPED = 0.3, 0.35
 """Approx-KL, nats a token, and share of clipped tokens of an update. Sixteen responses give 0.05 to 0.2 and 0.1 to 0.25
 where all is well, for approx-KL has a long tail; ten times the learning rate gives 1.5 and 0.5."""
@@ -165,7 +168,7 @@ class Trends:
         """K is a mean over few responses, and a controller needs its time: told of a mean that does not come down."""
         knobs, stretched = self.settings.reward, self._recent("kl/mean")
         authority = MOST_ERROR[knobs.controller] * self.settings.batch_size / knobs.horizon
-        had_time = self._updates() * authority > math.log(2.0) or stretched > 3.0 * knobs.target_kl
+        had_time = self._updates() * authority > math.log(MOVED) or stretched > 3.0 * knobs.target_kl
         history = self.history["kl/mean"]
         falls = fmean(history[-WINDOW // 2 :]) < 0.95 * fmean(history[-WINDOW : -WINDOW // 2] or history)
         beyond = kl > 1.5 * knobs.target_kl and stretched > 1.5 * knobs.target_kl
