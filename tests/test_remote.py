@@ -182,8 +182,10 @@ def test_an_answer_by_other_weights_than_asked_for_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("version", "newest", "bound"), [(3, 3, 0), (2, 3, 1), (1, 3, 2)])
-def test_an_answer_within_the_bound_is_taken(version: int, newest: int, bound: int) -> None:
+def test_an_answer_at_the_bound_is_taken_and_one_update_beyond_it_is_not(version: int, newest: int, bound: int) -> None:
     check_age("rollout worker 0", version, newest, bound)
+    with pytest.raises(WorkerError, match=f"stands at {newest}; at most {bound - 1} "):
+        check_age("rollout worker 0", version, newest, bound - 1)
 
 
 @pytest.mark.parametrize(("version", "newest", "bound"), [(2, 3, 0), (4, 3, 1), (0, 3, 2)])

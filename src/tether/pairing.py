@@ -39,12 +39,17 @@ class Pairing:
     _sums: Floats = field(default_factory=lambda: np.zeros((2, 0)))
     _looks: int = 0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the rows' own order is proven, or as many updates were looked at as are to be."""
+        return self._looks >= LOOKS
+
     def check(
         self, prompts: Sequence[Ints], replies: Sequence[Ints], scores: Sequence[float], step: int
     ) -> Iterator[Alarm]:
         """Take in one update's rows and scores, until the rows' own order is proven or the looks are over."""
         rows = len(scores)
-        if rows < LEAST_ROWS or self._looks >= LOOKS:
+        if rows < LEAST_ROWS or self.is_over:
             return
         if self._sums.shape[1] != rows:
             self._sums, self._looks = np.zeros((2, rows)), 0

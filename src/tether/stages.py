@@ -228,25 +228,10 @@ def main_reward(
     said = {"epochs": epochs, "learning_rate": learning_rate, "batch_pairs": batch_pairs, "seed": seed}
     said |= {"validation": 0.0 if validation is None and epochs is not None else validation}
     knobs = _training(said, given.usual, None if all_weights else top_layers or _layers(given.base, given.usual))
-    done: list[LearnedReward] = []
-    try:
-        with phases(console) as tell:
-            replies = None
-            if given.samples:
-                replies = own_replies(
-                    reference or given.base, given.pairs.prompts, given.samples, max_new_tokens=max_new_tokens,
-                    seed=seed, dtype=dtype, progress=lambda done, total: tell("reference replies", done, total),
-                )  # fmt: skip
-            learned = learn_preferences(
-                given.pairs, given.base, knobs, heldout=heldout, holdout=holdout, reference=replies, dtype=dtype,
-                progress=lambda role, done, total, loss: tell(f"{role} model", done, total, f"loss {loss:.3f}"),
-                finished=done.append,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        if not done:
-            raise
-        _save_reward(done[0], out)
-        raise KeyboardInterrupt(f"the reward model was finished and is in {out}; its twin was not") from None
+    learned = _learn(
+        given, knobs, out, console, reference or given.base, max_new_tokens, heldout=heldout, holdout=holdout,
+        dtype=dtype,
+    )  # fmt: skip
     _save_reward(learned, out)
     if json:
         print(jsonlib.dumps({"out": str(out), **learned.as_dict()}))
@@ -262,6 +247,40 @@ class _Given:
     usual: RewardTraining
     samples: int
     """Replies of the reference that the score is normalised on; 0 takes the responses of the pairs."""
+
+
+def _learn(
+    given: _Given,
+    knobs: RewardTraining,
+    out: Path,
+    console: Console,
+    reference: str,
+    max_new_tokens: int,
+    *,
+    heldout: float,
+    holdout: bool,
+    dtype: Precision,
+) -> LearnedReward:
+    """The reward model and its twin. Where Ctrl-C stops the twin, the model that was finished is written to `out`."""
+    done: list[LearnedReward] = []
+    try:
+        with phases(console) as tell:
+            replies = None
+            if given.samples:
+                replies = own_replies(
+                    reference, given.pairs.prompts, given.samples, max_new_tokens=max_new_tokens, seed=knobs.seed,
+                    dtype=dtype, progress=lambda done, total: tell("reference replies", done, total),
+                )  # fmt: skip
+            return learn_preferences(
+                given.pairs, given.base, knobs, heldout=heldout, holdout=holdout, reference=replies, dtype=dtype,
+                progress=lambda role, done, total, loss: tell(f"{role} model", done, total, f"loss {loss:.3f}"),
+                finished=done.append,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if not done:
+            raise
+        _save_reward(done[0], out)
+        raise KeyboardInterrupt(f"the reward model was finished and is in {out}; its twin was not") from None
 
 
 def _of_world(world: WorldName, model: str | None, seed: int, console: Console) -> _Given:

@@ -290,9 +290,10 @@ class _Probes:
             yield from self.reward.check_replies()
         given = moment.scores.totals.tolist()
         yield from self.prompt_scores.check(rollout.prompts.texts, rollout.texts, given)
-        asked = real_rows(rollout.prompts.ids, rollout.prompts.mask)
-        said = real_rows(rollout.sequences.responses, rollout.response_mask)
-        yield from self.pairing.check(asked, said, given, moment.step)
+        if not self.pairing.is_over:
+            asked = real_rows(rollout.prompts.ids, rollout.prompts.mask)
+            said = real_rows(rollout.sequences.responses, rollout.response_mask)
+            yield from self.pairing.check(asked, said, given, moment.step)
         yield from self.honesty.check(run.policy, rollout, moment.step)
 
     def _due(self, probe: str, step: int) -> bool:
