@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PHASES = ("generate", "reference", "score", "update")
@@ -150,13 +150,14 @@ class Clock:
 
 
 def words(size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose text is its ids (`w17 w4 …`), so that a text is read back as exactly the tokens it came from.
+    """A tokenizer whose text is its ids (`w17 w4 …`), so that a text is read back as exactly the tokens it came from,
+    also where two texts were joined without a space.
 
     The last id stands for EOS and padding: both sides want one, neither stops at it.
     """
     vocabulary = {f"w{index}": index for index in range(size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"w\d+"), "removed", invert=True)
     last = f"w{size - 1}"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=last, pad_token=last, padding_side="left")
 

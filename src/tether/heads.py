@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tether.errors import ModelError
 
-CHUNK_ELEMENTS = 2**22  # logits of one chunk: 16 MiB in fp32, so that a chunk stays near the cache
+CHUNK_ELEMENTS = 2**23  # logits of one chunk: 32 MiB in fp32; half of it costs a fifth more time (two Zen 4 cores)
 WIDE_CHUNK_ELEMENTS = 2**24  # where the head trains: each chunk costs a pass over the gradient of its whole weight
 
 
@@ -227,6 +227,7 @@ def _empty_results(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(count: int, vocab: int, elements: int) -> Iterator[slice]:
-    size = max(1, elements // vocab)
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+    """As few as fit, of about equal length: a short one at the end would multiply at half the rate."""
+    parts = -(-count // max(1, elements // vocab))
+    for part in range(parts):
+        yield slice(part * count // parts, (part + 1) * count // parts)
