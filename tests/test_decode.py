@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from tether import decode, packing
-from tether.attention import GROUPED, RoomyLayer, roomy_cache
+from tether.attention import GROUPED, RoomyLayer, grouped_attention, roomy_cache
 from tether.batch import Generation, Prompts, Sequences
 from tether.decode import draw
 from tether.errors import InputError, ModelError, NonFiniteError
@@ -338,6 +338,22 @@ def test_grouped_attention_is_the_models_own(architecture: str) -> None:
         outputs.append(hidden[mask])
     assert policy_of(model).mode.model.config._attn_implementation == GROUPED
     assert_close(outputs[1], outputs[0], ROUND_OFF)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_keys_in_a_larger_cache_are_read_as_they_lie(dtype: torch.dtype, width: int) -> None:
+    draw = torch.Generator().manual_seed(width)
+    query = torch.randn(3, 4, width, 8, generator=draw).to(dtype)
+    keys, values = (torch.randn(3, 2, 20, 8, generator=draw).to(dtype)[:, :, :13] for _ in range(2))
+    hidden = torch.arange(13) < torch.tensor([[0], [6], [2]])
+    mask = torch.zeros(3, 1, width, 13, dtype=dtype).masked_fill_(hidden[:, None, None], torch.finfo(dtype).min)
+    got, _ = grouped_attention(torch.nn.Identity(), query, keys, values, mask)
+    own = [tensor.double().repeat_interleave(2, dim=1) for tensor in (keys, values)]
+    scores = torch.einsum("bhqd,bhkd->bhqk", query.double(), own[0]) / 8**0.5
+    chances = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
+    wanted = torch.einsum("bhqk,bhkd->bqhd", chances, own[1])
+    assert_close(got.double(), wanted, Tolerance(0.0, 0.03) if dtype == torch.bfloat16 else ROUND_OFF)
 
 
 def test_attention_with_terms_of_its_own_keeps_its_own_form(monkeypatch: pytest.MonkeyPatch) -> None:
