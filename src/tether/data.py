@@ -20,7 +20,7 @@ from pathlib import Path
 from tether.batch import Message, Prompt
 from tether.data_columns import Names
 from tether.data_files import DataSource, Row, Rows, open_rows
-from tether.data_rows import comparison_of, demonstration_of, prompt_of
+from tether.data_rows import Comparison, comparison_of, demonstration_of, prompt_of
 from tether.errors import InputError
 from tether.preferences import Pairs
 from tether.prompts import PromptSet
@@ -108,21 +108,30 @@ def read_preferences(
             f"{rows.name} holds {len(read)} comparison{'s' * (len(read) != 1)}; wanted at least 2, and hundreds to "
             "learn from: rows with prompt, chosen and rejected"
         )
+    return _pairs(read, rows.name)
+
+
+def _pairs(read: Sequence[Comparison], name: str) -> Pairs:
+    """The comparisons whose sides differ, with what was read counted in `origin`."""
     kept = [row for row in read if row.chosen != row.rejected]
     if not kept:
-        raise InputError(f"{rows.name} holds no comparison of two different responses; wanted at least one")
+        raise InputError(f"{name} holds no comparison of two different responses; wanted at least one")
     gold = not any(row.chosen_gold is None or row.rejected_gold is None for row in kept)
-    pairs = Pairs(
+    different = len({json.dumps([row.prompt, row.chosen, row.rejected], default=list) for row in kept})
+    origin: dict[str, object] = {
+        "read": len(kept), "identical": len(read) - len(kept), "duplicates": len(kept) - different,
+        "file": Path(name).name,
+    }  # fmt: skip
+    if unread := next((row.unread for row in kept if row.unread), None):
+        origin["unread"] = unread
+    return Pairs(
         tuple(row.prompt for row in kept),
         tuple(row.chosen for row in kept),
         tuple(row.rejected for row in kept),
         tuple(row.chosen_gold or 0.0 for row in kept) if gold else None,
         tuple(row.rejected_gold or 0.0 for row in kept) if gold else None,
+        origin,
     )
-    different = len({json.dumps([row.prompt, row.chosen, row.rejected], default=list) for row in kept})
-    counts = {"read": len(kept), "identical": len(read) - len(kept), "duplicates": len(kept) - different}
-    unread = next((row.unread for row in kept if row.unread), None)
-    return replace(pairs, origin={**counts, "file": Path(rows.name).name} | ({"unread": unread} if unread else {}))
 
 
 def read_demonstrations(

@@ -25,7 +25,7 @@ from tether.compared import Compared, compare
 from tether.loading import Precision, Source, load_tokenizer
 from tether.preferences import Pairs, halves
 from tether.reward_fit import Progress, RewardTraining, fit
-from tether.reward_model import RewardManifest, RewardModel
+from tether.reward_model import Encoded, RewardManifest, RewardModel
 from tether.reward_report import RewardReport, measure
 
 
@@ -98,18 +98,27 @@ def train_two(
     samples = first.prepare(*reference) if reference else None
     models, reports = [], []
     for number, (role, reward) in enumerate((("reward", first), ("holdout", second))):
-        own, other = places[number], places[1 - number]
         knobs = RewardTraining(top_layers, epochs, learning_rate, batch_pairs, seeds[number], validation)
-        model = _fitted(reward, every.take(own), base, knobs, progress and partial(progress, role))
-        raw, unseen = model.score_encoded(every.every), every.take(other)
-        good, bad = raw[list(unseen.chosen)], raw[list(unseen.rejected)]
-        reports.append(measure(good, bad, heldout=unseen.pairs, trained_on=pairs.take(own)))
-        model = model.normalised_on(raw if samples is None else model.score_encoded(samples))
-        source = "given" if reference else "the responses of all pairs"
-        models.append(model.described(role=role, reference_source=source, report=reports[-1].as_dict()))
+        learned, unseen = every.take(places[number]), every.take(places[1 - number])
+        model = _fitted(reward, learned, base, knobs, progress and partial(progress, role))
+        model, report = _measured(model, every, learned, unseen, samples)
+        models.append(model.described(role=role, report=report.as_dict()))
+        reports.append(report)
         if finished is not None:
-            finished(models[-1], reports[-1])
+            finished(models[-1], report)
     return TwoRewardModels(models[0], models[1], reports[0], reports[1])
+
+
+def _measured(
+    model: RewardModel, every: Compared, learned: Compared, unseen: Compared, samples: Encoded | None
+) -> tuple[RewardModel, RewardReport]:
+    """What it is worth on the comparisons it has not seen, and itself normalised on the samples or on all responses."""
+    raw = model.score_encoded(every.every)
+    report = measure(
+        raw[list(unseen.chosen)], raw[list(unseen.rejected)], heldout=unseen.pairs, trained_on=learned.pairs
+    )
+    model = model.normalised_on(raw if samples is None else model.score_encoded(samples))
+    return model.described(reference_source="the responses of all pairs" if samples is None else "given"), report
 
 
 def untrained(
