@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sqlite3
 import stat
 from pathlib import Path
 
@@ -12,8 +14,11 @@ from starlette.testclient import TestClient
 from page_site import HOME, ORIGIN, STEER, VIEW, browser, make_run, post, record, sample, site
 from tether.control import Control
 from tether.errors import ConfigError
+from tether.page.library import Library
+from tether.page.reading import Cursor
 from tether.page.security import LARGEST_BODY, Bucket
 from tether.page.server import check_host, tokens_of
+from tether.page.stream import Stream
 from tether.store import RunStore
 
 BEARER = {"Authorization": f"Bearer {STEER}"}
@@ -65,6 +70,17 @@ def test_a_token_in_the_address_of_any_other_route_opens_nothing(root: Path) -> 
     assert browser(site(root), token=None).get("/api/runs", params={"token": STEER}).status_code == 401
 
 
+@pytest.mark.parametrize(
+    "other", ['settings={"a": 1}', "no pair at all", "two words=1", 'x="a b"c', "tether-8765=junk"]
+)
+def test_what_other_programs_of_this_machine_keep_in_its_cookie_jar_locks_nobody_out(root: Path, other: str) -> None:
+    """A jar is shared by all ports of a host, whatever stands on them."""
+    client = browser(site(root), None)
+    for jar in (f"{other}; tether-8765={VIEW}", f"tether-8765={VIEW}; {other}"):
+        assert client.get("/api/runs", headers={"Cookie": jar}).status_code == 200
+    assert client.get("/api/runs", headers={"Cookie": other}).status_code == 401
+
+
 def test_the_view_token_looks_and_does_not_steer(root: Path) -> None:
     client = browser(site(root), VIEW)
     assert client.get("/api/runs").status_code == 200
@@ -90,7 +106,15 @@ def test_this_machine_may_be_called_by_its_own_names(root: Path, host: str) -> N
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "https://127.0.0.1.evil.example:8765", "http://"]
+    "origin",
+    [
+        "http://evil.example",
+        "null",
+        "http://127.0.0.1:9999",
+        "https://127.0.0.1.evil.example:8765",
+        "http://",
+        "http://[",
+    ],
 )
 def test_a_foreign_origin_does_not_steer(root: Path, origin: str) -> None:
     client = browser(site(root))
@@ -295,3 +319,76 @@ def test_recording_helpers_make_a_run_that_can_be_read(root: Path) -> None:
     with RunStore.open(root / "run", readonly=False) as store:
         record(store, 6)
         assert store.last_step() == 6
+
+
+# ── a run that somebody else made ───────────────────────────────────────────────────────────────────────────────────
+STRANGE_ROWS = {
+    "a created that is no moment": "UPDATE meta SET json = '\"<b>\"' WHERE key = 'created'",
+    "a meta that is no JSON": "UPDATE meta SET json = '{' WHERE key = 'config'",
+    "a heartbeat of another kind": "UPDATE meta SET json = '{\"a\": 1}' WHERE key = 'heartbeat'",
+    "an event that is no JSON": "UPDATE event SET payload = '{'",
+    "JSON without a bottom": f"UPDATE meta SET json = '{'[' * 100_000}' WHERE key = 'config'",
+    "text where a number is due": "UPDATE metric SET value = 'x'",
+}
+ROUTES = ("", "/history", "/samples", "/verdict", "/events", "/commands", "/ghost", "/schedule.yaml")
+
+
+@pytest.mark.parametrize("sql", STRANGE_ROWS.values(), ids=STRANGE_ROWS.keys())
+def test_a_made_up_run_is_told_of_and_spoils_no_other(root: Path, sql: str) -> None:
+    make_run(root, "evil")
+    with sqlite3.connect(root / "evil" / "run.db") as file:
+        file.execute(sql)
+    client = browser(site(root))
+    told = {run["id"]: run["state"] for run in client.get("/api/runs").json()["runs"]}
+    assert told["run"] == "running"
+    assert "evil" in told
+    assert client.get("/api/sweeps").status_code == 200
+    for route in ROUTES:
+        answer = client.get(f"/api/runs/evil{route}")
+        assert answer.status_code in (200, 409), (route, answer.text)
+
+
+STRANGE_BANKS = ('{"scores": {"a": 1}}', '{"scores": [[1, 2], [3]]}', '{"scores": [[1.0]], "gold": [[1.0, 2.0]]}',
+                 "[" * 100_000, '{"scores": [["x"]]}', "null")  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE_BANKS, ids=range(len(STRANGE_BANKS)))
+def test_a_made_up_bank_is_none(root: Path, text: str) -> None:
+    (root / "run" / "bank.json").write_text(text)
+    assert browser(site(root)).get("/api/runs/run/ghost").json()["source"] != "bank"
+
+
+def test_a_bank_that_never_ends_is_not_read(root: Path) -> None:
+    (root / "run" / "bank.json").symlink_to("/dev/zero")
+    assert browser(site(root)).get("/api/runs/run/ghost").json()["source"] != "bank"
+
+
+def test_half_a_surrogate_pair_ends_no_stream(root: Path) -> None:
+    with sqlite3.connect(root / "run" / "run.db") as file:
+        file.execute(
+            "INSERT INTO event (wall, kind, severity, payload) VALUES (0, 'noted', 'info', '{\"text\": \"\\ud800\"}')"
+        )
+
+    async def listen() -> str:
+        library = Library(root)
+        async for sent in Stream(library, await library.scan(), {"run": Cursor()}, lambda: (0, [])).messages():
+            if sent.event == "events" and "noted" in str(sent.data):
+                return sent.encode().decode()
+        return ""
+
+    assert '"text":"?"' in asyncio.run(listen())
+
+
+def test_no_more_tabs_listen_than_a_server_can_serve(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tether.page.app.MOST_STREAMS", 1)
+    page = site(root)
+    client = browser(page)
+
+    async def listen() -> list[int]:
+        heard = page.heard(Stream(page.library, [], {}, lambda: (0, [])))
+        await anext(heard)
+        told = [page.streams, client.get("/api/stream").status_code]
+        await heard.aclose()
+        return [*told, page.streams]
+
+    assert asyncio.run(listen()) == [1, 503, 0]

@@ -33,7 +33,7 @@ from tether.control import Control
 from tether.errors import RunError
 from tether.page import told
 from tether.page.ghost import Bank, ghost, reweight
-from tether.page.report import write_report
+from tether.page.report import responses, write_report
 from tether.store import RunStore
 
 ROUTES = ("", "/samples", "/verdict", "/events", "/commands", "/ghost")
@@ -257,6 +257,40 @@ def test_a_run_without_a_bank_has_the_ghost_of_its_first_replies_and_never_solid
     assert "one reply to each fixed prompt" in told["caption"]
 
 
+def test_few_replies_to_a_prompt_give_the_ghost_of_many(tmp_path: Path) -> None:
+    """Normal scores, σ 0.5 within prompts that lie 2 apart: at β = 1 a policy can gain σ²/β = 0.25 at 0.125 nats, which
+    the choice of a prompt, with σ above 2, would put several times as high.
+    """
+    rng = np.random.default_rng(0)
+    gains, kls = [], []
+    for _ in range(200):
+        scores = rng.normal(0, 2, (16, 1)) + rng.normal(0, 0.5, (16, 4))
+        told = ghost(Bank(scores, None, "bank"), betas=[1.0])
+        gains.append(told["gain"][0])
+        kls.append(told["kl"][0])
+    assert np.mean(gains) == pytest.approx(0.25, rel=0.05)
+    assert np.mean(kls) == pytest.approx(0.125, rel=0.1)
+    assert (told["source"], told["prompts"], told["samples"], told["solid"]) == ("pooled", 16, 4, [False])
+    assert told["best_of"] == []
+
+
+def test_one_reply_to_a_prompt_is_no_bank() -> None:
+    assert ghost(Bank(np.zeros((16, 1)), None, "bank"))["source"] == "start"
+
+
+def test_the_bank_beside_is_asked_once_what_it_was_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("drawn", "lone"):
+        with RunStore.create(tmp_path, name, SETTINGS) as store:
+            store.put("digests", {"reward": "a"})
+    (tmp_path / "drawn" / "bank.json").write_text('{"scores": [[0.0, 1.0], [2.0, 5.0]], "gold": null}')
+    client, opened = browser(site(tmp_path)), []
+    real = RunStore.open
+    monkeypatch.setattr(told.RunStore, "open", lambda path, **how: opened.append(path.name) or real(path, **how))
+    found = [client.get("/api/runs/lone/ghost").json()["source"] for _ in range(5)]
+    assert found == ["bank"] * 5
+    assert opened == ["drawn"]
+
+
 def test_a_run_takes_the_bank_of_one_beside_it_with_the_same_reference_and_of_no_other(tmp_path: Path) -> None:
     """Three runs know their digests; the one with the bank differs from the last in the reward alone."""
     settings = {key: value for key, value in SETTINGS.items() if key != "world"}
@@ -299,6 +333,18 @@ def test_the_report_holds_the_data_and_lets_no_text_out_of_it(tmp_path: Path) ->
     assert set(told["api/runs/run/samples"]["all"]["probe"]) == {"0", "3", "6"}
     assert "default-src 'none'" in text
     assert "script-src 'sha256-" in text
+
+
+def test_a_report_of_runs_of_one_name_tells_them_apart_and_says_which_cannot_be_read(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / place, "string", updates=updates) for place, updates in [("a", 3), ("b", 6)]]
+    told = responses([*folders, folders[0]])
+    runs = told["api/runs"]["runs"]  # type: ignore[index]
+    assert [(run["id"], run["updates"]) for run in runs] == [("a~string", 3), ("b~string", 6)]
+    assert [len(told[f"api/runs/{run['id']}/history"]["series"]["beta"]["steps"]) for run in runs] == [3, 6]  # type: ignore[index]
+    with RunStore.open(folders[1], readonly=False) as store:
+        store.put("heartbeat", {"a": 1})
+    with pytest.raises(RunError, match="b/string holds what is no run's"):
+        responses(folders)
 
 
 def test_a_report_without_the_built_page_says_how_to_build_it(tmp_path: Path) -> None:

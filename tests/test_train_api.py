@@ -69,6 +69,34 @@ def test_a_new_user_trains_saves_and_loads_with_transformers(here: Path, checkpo
         run.save_pretrained("out")
 
 
+def test_a_run_keeps_as_many_replies_of_the_reference_as_an_evaluation_has_and_is_the_same_without(
+    here: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bank that the page's ghost is made of: 4 replies to each of some held-out prompts, by draws of their own."""
+    prompts = [f"w{i} w{j}" for i in range(3, 23) for j in range(3, 13)]
+    asked: list[int] = []
+
+    def reward(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        asked.append(len(responses))
+        return different_words(prompts, responses)
+
+    def train(name: str) -> TrainedRun:
+        asked.clear()
+        return tether.train(policy=checkpoint, reward=reward, prompts=prompts, steps=2, name=name, **SMALL)
+
+    monkeypatch.setenv("TETHER_CACHE", str(here / "cache"))
+    kept = train("kept")
+    with_bank = sum(asked)
+    scores = np.array(json.loads((kept.folder / "bank.json").read_text())["scores"])
+    monkeypatch.setattr("tether.session.bank_size", lambda *_: (0, 4))
+    none = train("none")
+    assert scores.shape[1] == 4
+    assert scores.size == with_bank - sum(asked)
+    assert 16 <= scores.size <= (none.metrics("eval/score").size and sum(asked) - 2 * SMALL["batch_size"]) / 2
+    assert not (none.folder / "bank.json").exists()
+    assert torch.equal(weights(kept), weights(none))
+
+
 def test_importing_tether_loads_no_torch() -> None:
     code = "import sys, tether; sys.exit('torch' in sys.modules or 'pydantic' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

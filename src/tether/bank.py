@@ -2,8 +2,9 @@
 
     prompts × samples responses of the policy as it starts ──▶ scores and gold, [prompts, samples] ──▶ bank.json
 
-Drawn once for each reference, reward and set of prompts, and kept in the cache. Its draws are a stream of their own, so
-a run with a bank is the run without. Knows no page. Read next: `page/ghost.py`.
+Large where replies cost little, else as small as an evaluation. Drawn once for each reference, reward and set of
+prompts, and kept in the cache. Its draws are a stream of their own, so a run with a bank is the run without. Knows no
+page. Read next: `page/ghost.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tether.batch import Policy, Reward
-from tether.config import SamplingSettings
+from tether.config import RunSettings, SamplingSettings
 from tether.database import to_json
 from tether.errors import RunError
 from tether.places import cache_folder
@@ -32,6 +33,25 @@ from tether.streams import uniforms
 BANK_FILE = "bank.json"
 DECIMALS = 4
 """Of a score in the file: far below the noise of 64 samples."""
+COPIES = 4
+"""Replies to a prompt in a small bank: they tell what a policy can choose among from what its prompts differ in."""
+SMALL = 64
+"""Replies of a small bank."""
+FEWEST = 16
+"""Replies below which a bank tells nothing."""
+
+
+def bank_size(settings: RunSettings, heldout: int) -> tuple[int, int]:
+    """How many prompts a run's bank has, and replies to each; no prompt where it would tell nothing.
+
+    Best-of-n's in the nano world, where they cost seconds. Elsewhere 4 replies to each prompt and no more in all than
+    one evaluation has, whose deviations the page pools over prompts (`page/ghost.py:Bank.pooled`).
+    """
+    wanted = settings.evaluation
+    if settings.world == "nano":
+        return min(wanted.best_of_prompts, heldout), max(wanted.best_of, default=1)
+    replies = min(wanted.prompts, heldout, SMALL)
+    return (replies // COPIES if replies >= FEWEST else 0), COPIES
 
 
 def draw_bank(

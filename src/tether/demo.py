@@ -140,7 +140,8 @@ def best_of_reference(
 ) -> list[BestOf]:
     """Best-of-n from the reference, the baseline that needs no training; kept in `path`.
 
-    The scores that it is drawn from are left in the run folders without a bank of their own, for the page's ghost.
+    The scores that it is drawn from are left in the run folders for the page's ghost, a bank at least as large as what
+    the runs drew for it themselves.
     """
     if path.is_file():
         kept = jsonlib.loads(path.read_text("utf-8"))
@@ -156,9 +157,8 @@ def best_of_reference(
             policy, source, task.judges.all, knobs.sampling, knobs.seed,
             lambda done: progress.update(bar, completed=done),
         )  # fmt: skip
-    for bank in (folder / BANK_FILE for folder in folders):
-        if not bank.exists():
-            bank.write_text(to_json(bank_of(scores, gold)), "utf-8")
+    for folder in folders:
+        (folder / BANK_FILE).write_text(to_json(bank_of(scores, gold)), "utf-8")
     best_of = [best_of_n(scores, gold, n) for n in ns]
     entries = [{"n": best.n, "score": best.score, "gold": best.gold} for best in best_of]
     path.write_text(jsonlib.dumps({"settings": settings.dump(), "best_of": entries}), "utf-8")

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from tether import __version__
 from tether.ahead import look_ahead
 from tether.alarms import PLANTED
-from tether.bank import keep_bank
+from tether.bank import bank_size, keep_bank
 from tether.batch import Reward
 from tether.checkpoint import Checkpoint, Checkpoints, Identity
 from tether.config import RunSettings
@@ -207,7 +207,7 @@ class Session:
                 run, self.store, rudder, saver.save, lambda: interrupt.wanted, self._say,
                 control, ahead=ahead, ranks=here(),
             )  # fmt: skip
-            if self.settings.world == "nano" and run.step == 0:
+            if run.step == 0:
                 self._keep_bank(identity)
             try:
                 train(run, self._between(saver, heldout, interrupt, helm))
@@ -240,13 +240,15 @@ class Session:
         return identity
 
     def _keep_bank(self, identity: Identity) -> None:
-        """Samples of the reference with their scores, which cost seconds here: what the page's ghost is made of."""
-        knobs, wanted = self.settings.ppo, self.settings.evaluation
-        prompts = self.task.heldout.first(min(wanted.best_of_prompts, len(self.task.heldout)))
-        copies = max(wanted.best_of, default=1)
-        source = source_of(prompts, self.policy, self.settings, 1, copies)
+        """Samples of the reference with their scores, at the price of an evaluation: what the ghost is made of."""
+        count, copies = bank_size(self.settings, len(self.task.heldout))
+        if not count:
+            return
+        at_once = min(count, max(1, EVALUATED_AT_ONCE // copies))
+        prompts = self.task.heldout.first(count - count % at_once)
+        source = source_of(prompts, self.policy, self.settings, at_once, copies)
         self.store.heartbeat(0, "evaluating")
-        judges = self.task.judges.all
+        knobs, judges = self.settings.ppo, self.task.judges.all
         keep_bank(self.store.path, identity.digests, self.policy, source, judges, knobs.sampling, knobs.seed)
 
     def _pieces(self, tokens: Sequence[int]) -> tuple[str, ...]:

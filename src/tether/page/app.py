@@ -1,4 +1,4 @@
-"""The routes of the page: what it asks is read from run folders, what it wishes is written into `control.db`.
+"""The routes of the page that read run folders; those that change something are in `asking.py`.
 
     Page(library, jobs, …).app()  →  a Starlette application behind `security.Guard`
 
@@ -9,28 +9,28 @@ Each question to a run is asked in the run's own thread. Every shape stands in d
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sse_starlette import EventSourceResponse
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from tether.config import RunSettings
 from tether.database import to_json
-from tether.errors import RunError, TetherError
+from tether.errors import TetherError
 from tether.page import facts
-from tether.page.answers import HANDLERS, Json, conflict, number
+from tether.page.answers import HANDLERS, Json, number
+from tether.page.asking import Asking, find
 from tether.page.history import as_lists, pack, thin
 from tether.page.jobs import Jobs
 from tether.page.library import GLANCE, Library, Shelf, Slow
 from tether.page.reading import Reader
 from tether.page.samples import samples
-from tether.page.security import Bucket, Guard, Hosts, Refused, Tokens, parse_object
+from tether.page.security import Bucket, Guard, Hosts, Refused, Tokens
 from tether.page.stream import MOST_RUNS, Stream, read_cursors
 from tether.page.sweeps import gather, place
 from tether.page.told import (
@@ -46,19 +46,17 @@ from tether.page.told import (
     session_facts,
     word_of,
 )
-from tether.steering import submit
 
 STATIC = Path(__file__).with_name("static")
 WIDTH, WIDEST = 800, 4000
 """Columns of pixels that a curve is thinned to."""
 LAST_STEP = 2**62
-MOST_PENDING = 200
+MOST_STREAMS = 100
+"""Tabs that listen at once; each looks at its runs five times a second."""
 SCAN_SECONDS = 2.0
 PING_SECONDS = 10
 GRACE_SECONDS = 1.0
 """For a stream to end when the server does."""
-SAVE_SECONDS = 60.0
-"""How long a fork waits for the run to save itself."""
 NOT_BUILT = """<!doctype html><meta charset="utf-8"><title>tether</title>
 <h1>The page is not built</h1><p>The server runs and answers: <a href="api/runs">api/runs</a>.</p>
 <p>Build the page once: <code>python -m tether.page.build</code>, then load this address again.</p>"""
@@ -76,6 +74,8 @@ class Page:
     static: Path = STATIC
     can_play: bool = True
     bucket: Bucket = field(default_factory=Bucket)
+    streams: int = 0
+    """Those that are open."""
     _version: int = 0
     """Changes with the list of runs."""
     _seen: object = None
@@ -92,18 +92,15 @@ class Page:
             Route("/api/runs/{id}/verdict", self.verdict),
             Route("/api/runs/{id}/events", self.events),
             Route("/api/runs/{id}/commands", self.commands, methods=["GET"]),
-            Route("/api/runs/{id}/commands", self.command, methods=["POST"]),
             Route("/api/runs/{id}/schedule.yaml", self.schedule),
             Route("/api/runs/{id}/ghost", self.ghost),
-            Route("/api/runs/{id}/fork", self.fork, methods=["POST"]),
-            Route("/api/runs/{id}/resume", self.resume, methods=["POST"]),
             Route("/api/sweeps", self.sweeps),
             Route("/api/learn", self.learn),
             Route("/api/metrics", self.metrics),
             Route("/api/failures", self.failures),
-            Route("/api/play", self.play, methods=["POST"]),
             Route("/api/jobs", self.all_jobs),
             Route("/api/stream", self.stream),
+            *Asking(self.library, self.jobs, self.can_play).routes(),
             Route("/{name}", self.asset),
         ]
         app = Starlette(routes=routes, exception_handlers=dict(HANDLERS), lifespan=self._lifespan)
@@ -155,7 +152,7 @@ class Page:
         """All runs, the newest first; one whose disk does not answer holds up no other."""
         del request
         lines = await asyncio.gather(*(self._line(shelf) for shelf in await self.library.scan()))
-        lines.sort(key=lambda line: -float(str(line["created"] or 0)))
+        lines.sort(key=lambda line: -facts.seconds_of(line["created"]))
         return Json({"root": str(self.library.root), "runs": lines})
 
     async def _line(self, shelf: Shelf, patience: float = GLANCE) -> facts.Facts:
@@ -173,7 +170,7 @@ class Page:
 
     async def run(self, request: Request) -> Response:
         """Everything of a run that is small."""
-        shelf = await self._shelf(request)
+        shelf = await find(self.library, request)
 
         def ask(reader: Reader) -> facts.Facts:
             return facts.whole(reader, self._summary(reader, shelf), self.library.clock())
@@ -182,7 +179,7 @@ class Page:
 
     async def history(self, request: Request) -> Response:
         """Curves, thinned to the pixels."""
-        shelf, query = await self._shelf(request), request.query_params
+        shelf, query = await find(self.library, request), request.query_params
         width = number(query.get("width"), WIDTH, 1, WIDEST)
         start, end = (
             number(query.get(key), default, 0, LAST_STEP) for key, default in (("from", 0), ("to", LAST_STEP))
@@ -201,7 +198,7 @@ class Page:
 
     async def samples(self, request: Request) -> Response:
         """Samples of a step, or of a row through time."""
-        shelf, query = await self._shelf(request), request.query_params
+        shelf, query = await find(self.library, request), request.query_params
         split = query.get("split", "probe")
         if split not in ("probe", "train"):
             raise Refused(400, f"got {split[:20]!r} as a split; wanted probe or train")
@@ -210,29 +207,29 @@ class Page:
 
     async def verdict(self, request: Request) -> Response:
         """Is the string attached?"""
-        shelf = await self._shelf(request)
+        shelf = await find(self.library, request)
         return Json(await shelf.ask(lambda reader: cached_verdict(shelf, reader)))
 
     async def events(self, request: Request) -> Response:
         """What happened."""
-        shelf = await self._shelf(request)
+        shelf = await find(self.library, request)
         after = number(request.query_params.get("after"), 0, 0, LAST_STEP)
         found = await shelf.ask(lambda reader: reader.events(after))
         return Json({"events": [asdict(event) for event in found]})
 
     async def commands(self, request: Request) -> Response:
         """What was asked of the run, and what became of it."""
-        return Json(await (await self._shelf(request)).ask(facts.ledger))
+        return Json(await (await find(self.library, request)).ask(facts.ledger))
 
     async def schedule(self, request: Request) -> Response:
         """The steered knobs as YAML."""
-        shelf = await self._shelf(request)
+        shelf = await find(self.library, request)
         told = await shelf.ask(facts.ledger)
         return PlainTextResponse(facts.schedule_yaml(shelf.name, told["schedule"]), media_type="text/yaml")  # type: ignore[arg-type]
 
     async def ghost(self, request: Request) -> Response:
         """The best that the reward model could give at each β."""
-        shelf = await self._shelf(request)
+        shelf = await find(self.library, request)
         return Json(await shelf.ask(lambda reader: ghost_of(reader)))
 
     async def sweeps(self, request: Request) -> Response:
@@ -272,6 +269,8 @@ class Page:
     async def stream(self, request: Request) -> Response:
         """What is new, for as long as the browser listens."""
         wanted = [id for id in request.query_params.get("runs", "").split(",") if id]
+        if self.streams >= MOST_STREAMS:
+            raise Refused(503, f"{self.streams} tabs listen already; close some")
         if len(wanted) > MOST_RUNS:
             raise Refused(400, f"got {len(wanted)} runs; wanted at most {MOST_RUNS} in one stream")
         found = [await self.library.find(id) for id in wanted]
@@ -280,88 +279,16 @@ class Page:
         here = {shelf.id for shelf in shelves}
         told = Stream(self.library, shelves, {run: at for run, at in cursors.items() if run in here}, self._lists)
         return EventSourceResponse(
-            told.messages(), ping=PING_SECONDS, headers={"Cache-Control": "no-store"},
+            self.heard(told), ping=PING_SECONDS, headers={"Cache-Control": "no-store"},
             shutdown_event=told.ending, shutdown_grace_period=GRACE_SECONDS,
         )  # fmt: skip
 
-    # ── wishes ──────────────────────────────────────────────────────────────────────────────────────────────────────
-    async def command(self, request: Request) -> Response:
-        """Write a wish down for the trainer."""
-        shelf, wish = await self._shelf(request), parse_object(await request.body())
-        if strange := sorted(wish.keys() - {"kind", "payload", "actor", "base"}):
-            raise Refused(400, f"got {strange[0][:40]!r}; wanted kind, payload, actor, base")
-        kind, actor, payload, base = (wish.get(key) for key in ("kind", "actor", "payload", "base"))
-        actor, payload = "page" if actor is None else actor, {} if payload is None else payload
-        if not isinstance(kind, str) or not isinstance(actor, str) or not isinstance(payload, dict):
-            raise Refused(400, "wanted kind and actor as text, and payload as an object")
-        if base is not None and (isinstance(base, bool) or not isinstance(base, int)):
-            raise Refused(400, "wanted base as a whole number: the last command whose outcome was seen")
-
-        def ask(reader: Reader) -> int:
-            self._require_room(reader)
-            return submit(reader.path, actor, kind, payload, facts.settings_now(reader), base=base)
-
-        return Json({"id": await shelf.ask(conflict(ask)), "state": "pending"}, 202)
-
-    def _require_room(self, reader: Reader) -> None:
-        facts.require_alive(reader, self.library.clock())
-        ruled = {one.command for one in reader.outcomes()}
-        waiting = [command for command in reader.commands() if command.id not in ruled]
-        if len([one for one in waiting if not one.has_expired(self.library.clock())]) >= MOST_PENDING:
-            raise Refused(429, f"{MOST_PENDING} wishes wait for the trainer; wait for its next update", retry_seconds=5)
-
-    async def fork(self, request: Request) -> Response:
-        """Another run from here; a run that trains is saved first."""
-        shelf, wish = await self._shelf(request), parse_object(await request.body())
-        step = wish.get("step")
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise Refused(400, "wanted step as a whole number")
-        if step is None:
-            await self._save(shelf)
-        return self._job(lambda: self.jobs.fork(shelf.id, shelf.path, step, wish))
-
-    async def _save(self, shelf: Shelf) -> None:
-        """Ask a run that trains for a checkpoint and wait for it; one that is over has one."""
-
-        def ask(reader: Reader) -> int | None:
-            try:
-                facts.require_alive(reader, self.library.clock())
-            except RunError:
-                return None
-            return submit(reader.path, "page", "checkpoint", {}, RunSettings())
-
-        command = await shelf.ask(ask)
-        end = asyncio.get_running_loop().time() + SAVE_SECONDS
-        while command is not None:
-            if any(one.command == command for one in await shelf.ask(lambda reader: reader.outcomes())):
-                return
-            if asyncio.get_running_loop().time() > end:
-                raise Refused(409, "the run did not save itself in time; try again, or name the step of a checkpoint")
-            await asyncio.sleep(0.1)
-
-    async def resume(self, request: Request) -> Response:
-        """Go on with a run that was stopped or killed."""
-        shelf = await self._shelf(request)
-        state = (await self._line(shelf))["state"]
-        if state not in ("stopped", "failed", "stale"):
-            raise Refused(409, f"the run is {state}; only one that was stopped or killed can be gone on with")
-        return self._job(lambda: self.jobs.resume(shelf.id, shelf.path))
-
-    async def play(self, request: Request) -> Response:
-        """A run of the nano world, to play with."""
-        if not self.can_play:
-            raise Refused(403, "this server starts no runs")
-        wish = parse_object(await request.body())
-        return self._job(lambda: self.jobs.play(wish))
-
-    def _job(self, start: Callable[[], facts.Facts]) -> Response:
+    async def heard(self, stream: Stream) -> AsyncIterator[ServerSentEvent]:
+        """The stream's messages, counted among those that are open for as long as it lasts."""
+        self.streams += 1
         try:
-            return Json(start(), 202)
-        except RunError as error:
-            raise Refused(409, str(error)) from error
-
-    async def _shelf(self, request: Request) -> Shelf:
-        shelf = await self.library.find(request.path_params["id"])
-        if shelf is None:
-            raise Refused(404, "there is no such run")
-        return shelf
+            async with aclosing(stream.messages()) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            self.streams -= 1

@@ -103,6 +103,11 @@ def unreadable(id: str, name: str, state: str, fault: str, known: Mapping[str, o
     return empty | dict(known) | {"state": state, "fault": fault}
 
 
+def seconds_of(value: object) -> float:
+    """A moment that a run tells; 0 where it tells none."""
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
 def whole(reader: Reader, line: Facts, now: float) -> Facts:
     """Everything of a run that is small."""
     cursor = reader.cursor()

@@ -3,11 +3,12 @@
     π*(y|x) = π_ref(y|x)·e^{r/β}/Z(x)      weights w_i ∝ e^{r_i/β} over the samples of a prompt
     score = Σ w r      KL(π*‖π_ref) = Σ w·log(n·w)      ESS = 1/Σ w²       each averaged over prompts
 
-Self-normalised importance sampling: good while many samples bear weight (ESS ≥ 20), a guess beyond. A run that kept no
-bank still has one reply to each fixed prompt from before its first update: these are reweighted as if of one prompt, so
-that choosing among prompts counts as well, which no policy can; never solid. Without any sample a normal distribution
-of scores stands in: Δr = σ²/β, K = σ²/(2β²), on the ceiling Δr = σ·√(2K). It is a bound on what PPO can reach against
-this reward, not a promise about what it means. Knows no run. Read next: `facts.py`.
+Self-normalised importance sampling: good while many samples bear weight (ESS ≥ 20), a guess beyond. With few samples
+to a prompt their deviations from its mean are pooled over prompts (`pooled`): never solid. A run that kept no bank
+still has one reply to each fixed prompt from before its first update: these are reweighted as if of one prompt, so that
+choosing among prompts counts as well, which no policy can; never solid. Without any sample a normal distribution of
+scores stands in: Δr = σ²/β, K = σ²/(2β²), on the ceiling Δr = σ·√(2K). It is a bound on what PPO can reach against this
+reward, not a promise about what it means. Knows no run. Read next: `facts.py`.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ SOLID = 20.0
 """Effective samples from which on the ghost is drawn solid."""
 CEILING_KL = tuple(float(kl) for kl in np.linspace(0.0, 50.0, 101))
 FEWEST = 16
-"""Replies from before the first update below which they tell nothing of the scores' distribution."""
+"""Replies from before the first update, or of one prompt, below which they tell nothing of the scores' distribution."""
+LARGEST_FILE = 16 * 2**20  # bytes; a bank of 2,000 prompts has a tenth of it
 CAPTIONS = {
     "bank": "the best this reward model could give, not a promise",
-    "start": "from one reply to each fixed prompt before the first update: rather high, for no policy can choose its "
-    "prompts",
+    "pooled": "the best this reward model could give, about: from a few replies to each of some prompts, pooled",
+    "start": "from one reply to each fixed prompt before the first update: too high, often several times, for no "
+    "policy can choose its prompts",
     "gaussian": "no reply of the reference is kept in this run: a normal law of the scores stands in",
 }
 """Where the ghost comes from, as the page tells it."""
+ROUGH = ("pooled", "start")
+"""Sources that stand for replies to one prompt without being such: never solid, and without best-of-n."""
 BEST_OF = (2, 4, 16, 64)
 
 Facts = dict[str, object]
@@ -52,8 +57,10 @@ class Bank:
     def read(path: Path, source: str) -> Bank | None:
         """The bank in a file; None where there is none or it is none."""
         try:
+            if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+                return None
             return Bank.of(json.loads(path.read_text("utf-8")), source)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     @staticmethod
@@ -64,7 +71,24 @@ class Bank:
         scores = np.asarray(told["scores"], np.float64)
         gold = np.asarray(told["gold"], np.float64) if told.get("gold") is not None else None
         usable = scores.ndim == 2 and scores.size > 0 and bool(np.isfinite(scores).all())
+        usable = usable and (gold is None or gold.shape == scores.shape)
         return Bank(scores, gold, source) if usable else None
+
+    def pooled(self) -> Bank:
+        """With fewer than 16 replies to a prompt, all of them as if to one: the mean over all, plus each one's
+        deviation from its prompt's mean, times √(n/(n − 1)), by which n replies fall short of the spread of many.
+        """
+        replies = self.scores.shape[1]
+        if replies == 1:
+            return Bank.of_start(self.scores[:, 0].tolist()) or self
+        if replies >= FEWEST or self.scores.size < FEWEST:
+            return self
+
+        def one(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+            apart = (rows - rows.mean(axis=1, keepdims=True)) * math.sqrt(replies / (replies - 1))
+            return np.asarray(rows.mean() + apart, np.float64).reshape(1, -1)
+
+        return Bank(one(self.scores), None if self.gold is None else one(self.gold), "pooled")
 
     @staticmethod
     def of_start(scores: Sequence[float]) -> Bank | None:
@@ -77,15 +101,16 @@ def ghost(bank: Bank | None, sigma: float = 1.0, betas: Sequence[float] = BETAS)
     """The ghost as the page is told."""
     if bank is None:
         return _gaussian(sigma, betas)
+    drawn, bank = bank.scores.shape, bank.pooled()
     scores, kl, ess = reweight(bank.scores, betas)
     start = float(bank.scores.mean())
     spread = float(np.sqrt(bank.scores.var(axis=1).mean()))
-    solid = (ess >= SOLID) & (bank.source != "start")
+    solid = (ess >= SOLID) & (bank.source not in ROUGH)
     return {
-        "source": bank.source, "prompts": bank.scores.shape[0], "samples": bank.scores.shape[1], "unit": "score",
+        "source": bank.source, "prompts": drawn[0], "samples": drawn[1], "unit": "score",
         "betas": list(betas), "score": scores.tolist(), "gain": (scores - start).tolist(), "kl": kl.tolist(),
         "ess": ess.tolist(), "solid": solid.tolist(), "start": start,
-        "best_of": [] if bank.source == "start" else best_of(bank, start), "ceiling": _ceiling(spread),
+        "best_of": [] if bank.source in ROUGH else best_of(bank, start), "ceiling": _ceiling(spread),
         "caption": CAPTIONS.get(bank.source, CAPTIONS["bank"]),
     }  # fmt: skip
 

@@ -12,13 +12,14 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from tether.errors import RunError
+from tether.errors import RunError, TetherError
 from tether.page.reading import Reader
 from tether.runs import run_folders
 
@@ -29,8 +30,22 @@ GLANCE = 1.0
 """Seconds that the list waits for one run's summary."""
 IDLE = 60.0
 """Seconds after which a thread that was asked nothing ends."""
+STRANGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a damaged or a made-up run may raise."""
 SEPARATOR = "~"
 """Stands for `/` in an id; no run's name has it."""
+
+
+@contextmanager
+def understood(name: str) -> Iterator[None]:
+    """Rows that no version of tether writes are a RunError of their run: it is told of, and others go on."""
+    try:
+        yield
+    except TetherError:
+        raise
+    except STRANGE as error:
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise RunError(f"{name} holds what is no run's ({what}); restore it from a copy") from error
 
 
 class Slow(RunError):
@@ -99,7 +114,12 @@ class Shelf:
 
     async def ask(self, question: Callable[[Reader], Answer], patience: float = PATIENCE) -> Answer:
         """Ask in the run's own thread. Raises RunError where it cannot be read, `Slow` where it takes too long."""
-        return await self.worker.ask(lambda: question(self.reader()), patience)
+
+        def answer() -> Answer:
+            with understood(self.name):
+                return question(self.reader())
+
+        return await self.worker.ask(answer, patience)
 
     def reader(self) -> Reader:
         """The run, opened anew where another folder stands in its place; in the run's own thread only."""

@@ -20,7 +20,7 @@ from tether.errors import RunError
 from tether.page import facts
 from tether.page.app import STATIC
 from tether.page.history import as_lists, thin
-from tether.page.library import Library, identify
+from tether.page.library import Library, identify, understood
 from tether.page.reading import Reader
 from tether.page.samples import facts as sample_facts
 from tether.page.samples import references
@@ -103,12 +103,12 @@ def responses(folders: Sequence[Path]) -> Facts:
     found: Facts = {}
     lines: list[Facts] = []
     places: list[Facts | None] = []
-    for folder in folders:
+    for name, folder in _named(folders).items():
         reader = Reader(folder)
         try:
-            with reader.snapshot():
-                id = identify(Path(folder.name))
-                own = _of_run(reader, id, folder.name)
+            with understood(name), reader.snapshot():
+                id = identify(Path(name))
+                own = _of_run(reader, id, name)
                 line, where = own.pop("line"), place(reader, id)
                 assert isinstance(line, dict)
                 lines.append(line)
@@ -123,6 +123,18 @@ def responses(folders: Sequence[Path]) -> Facts:
         "api/learn": json.loads(learn_text()), "api/metrics": metrics_facts(), "api/failures": failures_facts(),
         "api/jobs": {"jobs": []}, **found,
     }  # fmt: skip
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Each folder once, by its name; with as much of the path before it as tells them all apart.
+
+    >>> list(_named([Path("/a/runs/string"), Path("/b/runs/string"), Path("/a/runs/string")]))
+    ['a/runs/string', 'b/runs/string']
+    """
+    known = list(dict.fromkeys(folder.resolve() for folder in folders))
+    most = max(len(folder.parts) for folder in known)
+    tails = ({"/".join(folder.parts[-depth:]): folder for folder in known} for depth in range(1, most + 1))
+    return next(named for named in tails if len(named) == len(known))
 
 
 def _of_run(reader: Reader, id: str, name: str) -> Facts:

@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
@@ -155,11 +154,12 @@ class Guard:
             return self.tokens.right_of(token.strip()), True
         if (given := _token_in_address(scope)) is not None:
             return self.tokens.right_of(given), False
-        return self.tokens.right_of(_cookies(headers).get(self.cookie, "")), False
+        rights = map(self.tokens.right_of, _cookies(headers, self.cookie))
+        return next(filter(None, rights), None), False
 
     def _admit_post(self, headers: Headers, right: Right, bearer: bool) -> None:
         origin = headers.get("origin")
-        ours = origin is not None and urlsplit(origin).netloc == headers.get("host")
+        ours = origin is not None and origin.partition("://")[2] == headers.get("host")
         if not (ours or (origin is None and bearer)):
             raise Refused(
                 403, "the request comes from another origin; only this page, or a program with the token, may"
@@ -197,11 +197,12 @@ def _is_visit(scope: Scope, headers: Headers) -> bool:
     return here and scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
 
 
-def _cookies(headers: Headers) -> dict[str, str]:
-    try:
-        return {name: morsel.value for name, morsel in SimpleCookie(headers.get("cookie", "")).items()}
-    except CookieError:
-        return {}
+def _cookies(headers: Headers, name: str) -> list[str]:
+    """The values of our cookie. Programs on other ports of this machine set theirs in the same jar: what is malformed
+    there, or of our name and none of ours, is passed over.
+    """
+    pairs = (part.partition("=") for sent in headers.getlist("cookie") for part in sent.split(";"))
+    return [value.strip() for key, _, value in pairs if key.strip() == name]
 
 
 def _name_of(host: str) -> str:

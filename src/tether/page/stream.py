@@ -7,7 +7,7 @@ Stream    several runs in one connection, each asked in its own thread
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
@@ -106,7 +106,7 @@ class Stream:
     """Set when the server ends."""
     _queue: asyncio.Queue[Message] = field(default_factory=lambda: asyncio.Queue(WAITING))
 
-    async def messages(self) -> AsyncIterator[ServerSentEvent]:
+    async def messages(self) -> AsyncGenerator[ServerSentEvent, None]:
         """Until the browser goes or the server ends."""
         tasks = [asyncio.create_task(self._follow(shelf)) for shelf in self.shelves]
         tasks += [asyncio.create_task(self._follow_lists()), asyncio.create_task(self._end())]
@@ -118,9 +118,8 @@ class Stream:
                     return
                 if message.cursor is not None:
                     self.cursors[message.run] = message.cursor
-                yield ServerSentEvent(
-                    to_json(message.data), event=message.event, id=write_cursors(self.cursors) or None
-                )
+                data = to_json(message.data).encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+                yield ServerSentEvent(data, event=message.event, id=write_cursors(self.cursors) or None)
         finally:
             for task in tasks:
                 task.cancel()

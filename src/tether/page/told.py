@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -111,13 +111,20 @@ def _bank_beside(path: Path, meta: Mapping[str, object]) -> Bank | None:
     wanted = _drawn_from(meta)
     for file in sorted(path.parent.glob(f"*/{BANK_FILE}")) if wanted else ():
         try:
-            with RunStore.open(file.parent) as store:
-                is_kin = _drawn_from(store.meta()) == wanted
-        except RunError:
+            is_kin = _told_of(file, file.stat().st_mtime_ns) == wanted
+        except (RunError, OSError):
             continue
         if is_kin and (bank := Bank.read(file, "bank")):
             return bank
     return None
+
+
+@lru_cache(maxsize=1024)
+def _told_of(file: Path, written: int) -> tuple[object, ...] | None:
+    """What the samples in a bank's file depend on, which its run tells: opened once for each writing of the file."""
+    del written
+    with RunStore.open(file.parent) as store:
+        return _drawn_from(store.meta())
 
 
 def _drawn_from(meta: Mapping[str, object]) -> tuple[object, ...] | None:
