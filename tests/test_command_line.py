@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from tether import cli, doctor
 from tether.cli import run
@@ -232,6 +233,18 @@ def test_doctor_says_what_is_here_and_what_a_run_takes(
     assert roles["optimiser"] == 3 * 4 * parameters
     assert roles["reward models"] == 0
     assert told["memory_plan"]["total"] == pytest.approx(sum(roles.values()))
+
+
+def test_doctor_counts_a_reward_model_that_is_no_decoder(
+    here: Path, offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = DebertaV2ForSequenceClassification(DebertaV2Config(**sizes, intermediate_size=8, num_labels=1))
+    model.save_pretrained(here / "rm")
+    (here / "other.yaml").write_text(RECIPE.replace("rewards.py:words", "rm").replace("judge: rewards.py:threes", ""))
+    assert run(["doctor", "--run", "other.yaml", "--json"]) == 0
+    roles = json.loads(capsys.readouterr().out)["memory_plan"]["roles"]
+    assert roles["reward models"] == 4 * model.num_parameters()
 
 
 def test_a_run_that_does_not_fit_names_the_knob(

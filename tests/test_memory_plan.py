@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import MambaConfig, T5Config
 
 from tether.config import RunSettings
-from tether.errors import OutOfMemory
+from tether.errors import ModelError, OutOfMemory
 from tether.knobs import read_settings
 from tether.memory_plan import Shape, is_memory_error, memory_errors_explained, plan, remedy
 from tether.models import load_policy
@@ -33,6 +34,18 @@ def test_a_shape_counts_what_the_model_holds(architecture: str) -> None:
     (layers,) = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == 3]
     exact = sum(parameter.numel() for parameter in layers[0].parameters())
     assert shape.layer_parameters == pytest.approx(exact, rel=0.25), "what stands beside the layers is spread over them"
+
+
+def test_a_model_without_attention_has_a_shape_too() -> None:
+    config = MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
+    shape = Shape.of(config)
+    assert (shape.heads, shape.cache_width, shape.layers) == (0, 0, 2)
+    assert plan(settings(mode="full"), shape, half=False).total > 0
+
+
+def test_another_kind_of_model_has_none() -> None:
+    with pytest.raises(ModelError, match="T5Config is no causal LM; wanted a decoder-only model"):
+        Shape.of(T5Config(vocab_size=97, d_model=16, num_layers=2))
 
 
 @pytest.mark.parametrize("mode", ["full", "top", "lora"])

@@ -82,12 +82,15 @@ class Voice:
     history: list[Message] = field(default_factory=list)
 
     def answer(self, line: str, sampling: SamplingSettings, seed: int, turn: int) -> Reply:
-        """The reply to a line; both are added to the history. Raises InputError where the line is too long."""
+        """The reply to a line; both are added to the history.
+
+        Raises InputError, and forgets the line, where it is too long or the chat template refuses it.
+        """
         self.history.append({"role": "user", "content": line})
-        forgotten, ids = self._fitted(sampling.max_new_tokens)
-        source = PromptSource((tuple(self.history),), (ids,), 1, pad=self.policy.pad)
-        draws = uniforms(seed, "chat", turn, (0,), sampling.max_new_tokens)
         try:
+            forgotten, ids = self._fitted(sampling.max_new_tokens)
+            source = PromptSource((tuple(self.history),), (ids,), 1, pad=self.policy.pad)
+            draws = uniforms(seed, "chat", turn, (0,), sampling.max_new_tokens)
             rollout = sample(self.policy, source.batch(0), draws, sampling)
         except InputError:
             self.history.pop()

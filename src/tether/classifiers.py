@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from tether.errors import ModelError
-from tether.loading import Precision, Source, load_causal_lm, probe
+from tether.loading import Precision, Source, load_causal_lm, probe, read_config
 from tether.trunk import SplitBackbone, decoder_layers, run_backbone
 
 SAME_HEAD = 0.1  # relative; wide, since what it tells apart (another token, another pooling) differs altogether
@@ -83,6 +83,16 @@ def read_classifier(source: str | Path) -> PreTrainedModel:
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelError(f"the checkpoint {str(source)!r} lacks weights of its classifier ({missing}); save it again")
     return model
+
+
+def classifier_parameters(source: Source) -> int:
+    """Weights of a classifier, from its configuration alone. Raises ModelError where the source is none."""
+    config = read_config(source)
+    try:
+        with torch.device("meta"):
+            return int(AutoModelForSequenceClassification.from_config(config).num_parameters())
+    except ValueError as fault:
+        raise ModelError(_no_classifier((config.architectures or [type(config).__name__])[0])) from fault
 
 
 def _no_classifier(name: str) -> str:

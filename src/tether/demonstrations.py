@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from tether.batch import Message, Prompt
+from tether.chat_templates import encode_open, write_chat
 from tether.data import Demonstrations
 from tether.errors import InputError
 from tether.prompts import TooLong, shorten
@@ -80,8 +81,8 @@ def encode_demonstrations(
     A conversation becomes one example; several, one an answer, where its template writes a turn in another way once
     the conversation goes on.
 
-    Raises InputError where a demonstration is too long and `too_long` is "error", where it cannot be shortened, or
-    where it is a conversation and there is no chat template.
+    Raises InputError where a demonstration is too long and `too_long` is "error", where it cannot be shortened, where
+    the chat template refuses it, or where it is a conversation and there is none.
     """
     kept: list[Example] = []
     dropped = shortened = 0
@@ -166,11 +167,11 @@ def _alone(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[tup
 
 
 def _written(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+    return write_chat(turns, tokenizer)
 
 
 def _opened(turns: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return write_chat(turns, tokenizer, ask=True)
 
 
 def _example(
@@ -215,7 +216,7 @@ def _tokens_of(
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return encode_open(text, tokenizer) if special else list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 # ── packing ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -160,13 +160,12 @@ def _world_model(settings: RunSettings) -> Path:
 
 def _reward_parameters(settings: RunSettings, parameters: int) -> int:
     """Parameters of the reward models in memory: a world has two like its policy, functions have none."""
-    from tether.loading import read_config
-    from tether.memory_plan import Shape
+    from tether.classifiers import classifier_parameters
 
     if not settings.reward.is_given:
         return 2 * parameters
     sources = [source for judge in (settings.reward, settings.holdout, settings.judge) for source in judge.classifiers]
-    return sum(Shape.of(read_config(source)).parameters for source in sources)
+    return sum(map(classifier_parameters, sources))
 
 
 def _for_people(found: Mapping[str, object]) -> dict[str, object]:

@@ -33,9 +33,11 @@ from tether.loading import (
     Precision,
     Source,
     context_length,
+    lacking,
     load_causal_lm,
     load_tokenizer,
     probe,
+    require_embedded,
     stop_tokens,
 )
 from tether.modes import LoraMode
@@ -201,6 +203,7 @@ def finetune(
     encoded = encode_demonstrations(
         demonstrations, words, stop_tokens(model, words), max_tokens=min(limits, default=None), too_long=knobs.too_long
     )
+    require_embedded((example.ids for example in encoded.examples), lacking(words, model), "demonstration")
     aside, learned = _held_out(encoded.examples, knobs)
     student = _Student(model, knobs)
     before = student.measure(aside)

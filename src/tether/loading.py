@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from tether.attention import GROUPED
-from tether.errors import ModelError
+from tether.errors import InputError, ModelError
 from tether.heads import OutputHead
 from tether.trunk import agree, run_backbone
 
@@ -55,8 +55,7 @@ def load_causal_lm(source: Source, precision: Precision, device: torch.device) -
         dtype = choose_dtype(precision, model.num_parameters(), device)
     else:
         config = _read(AutoConfig, source)
-        _check_config(config)
-        dtype = choose_dtype(precision, _count_parameters(config), device)
+        dtype = choose_dtype(precision, int(weightless(config).num_parameters()), device)
         model = _read(AutoModelForCausalLM, source, dtype=dtype)
     model = freeze(model, dtype, device)
     with forward_faults_told(model):
@@ -138,19 +137,40 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer given, or the source's own.
 
-    Raises ModelError where there is none, or where it has more tokens than the model has embeddings.
+    Tokens that were added beyond the model's embeddings may stay unused, as a pad token or Gemma 3's mark of an image
+    do; `require_embedded` refuses texts that hold one. Raises ModelError where there is no tokenizer, or where its own
+    vocabulary or its EOS goes beyond the embeddings.
     """
     if tokenizer is None:
         if isinstance(source, PreTrainedModel):
             raise ModelError("the model was given as an object without a tokenizer; pass tokenizer=")
         tokenizer = _read(AutoTokenizer, source)
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if tokenizer.vocab_size > rows or tokenizer.eos_token_id in lacking(tokenizer, model):
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings; wanted a tokenizer that "
             "belongs to the model (after adding tokens, call model.resize_token_embeddings and save both)"
         )
     return tokenizer
+
+
+def lacking(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[int, str]:
+    """Added tokens that the model has no embedding for, by id."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if number >= rows}
+
+
+def require_embedded(texts: Iterable[Sequence[int]], unknown: Mapping[int, str], what: str) -> None:
+    """Raise InputError, naming the first, where a text in token ids holds one of these `lacking` tokens."""
+    if not unknown:
+        return
+    for row, ids in enumerate(texts):
+        if strange := unknown.keys() & set(ids):
+            raise InputError(
+                f"{what} {row} holds {unknown[min(strange)]!r}, a token that was added to the tokenizer and that the "
+                "model has no embedding for; call model.resize_token_embeddings(len(tokenizer)), train it, and save "
+                "both, or leave it out"
+            )
 
 
 def check_causal_lm(model: PreTrainedModel) -> None:
@@ -191,15 +211,23 @@ def read_config(source: Source) -> PreTrainedConfig:
 
 
 def layer_count(source: Source) -> int:
-    """Decoder layers of a model that may not be loaded yet. Raises ModelError where the source cannot be read."""
+    """Decoder layers of a model that may not be loaded yet. Raises ModelError where it is no causal LM."""
     config = read_config(source)
+    _check_config(config)
     return int(config.get_text_config().num_hidden_layers)
 
 
 def parameter_count(source: Source) -> int:
-    """Weights of a causal LM, from its configuration alone. Raises ModelError where the source cannot be read."""
+    """Weights of a causal LM, from its configuration alone. Raises ModelError where the source is none."""
+    return int(weightless(read_config(source)).num_parameters())
+
+
+def weightless(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal LM of this configuration that takes no memory. Raises ModelError where it is another kind of model."""
+    _check_config(config)
     with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(read_config(source)).num_parameters())
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -285,8 +313,3 @@ def _check_config(config: PreTrainedConfig) -> None:
 
 def _architectures(config: PreTrainedConfig) -> list[str]:
     return list(config.architectures or [])
-
-
-def _count_parameters(config: PreTrainedConfig) -> int:
-    with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(config).num_parameters())

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from tether.config import TOP_LAYERS, RunSettings
 from tether.errors import OutOfMemory
-from tether.loading import choose_dtype
+from tether.loading import choose_dtype, weightless
 
 FLOAT, HALF = 4, 2
 """Bytes of one number."""
@@ -53,14 +53,15 @@ class Shape:
 
     @staticmethod
     def of(config: PreTrainedConfig) -> Shape:
-        """The shape of a causal LM, from its configuration alone."""
-        text = config.get_text_config()
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        """The shape of a causal LM, from its configuration alone; one without attention has neither heads nor a cache.
+
+        Raises ModelError where it is another kind of model.
+        """
+        text, model = config.get_text_config(), weightless(config)
         total = int(model.num_parameters())
-        heads = int(text.num_attention_heads)
+        heads = int(getattr(text, "num_attention_heads", None) or 0)
         width = int(text.hidden_size)
-        head_width = int(getattr(text, "head_dim", None) or width // heads)
+        head_width = int(getattr(text, "head_dim", None) or width // heads) if heads else 0
         key_heads = int(getattr(text, "num_key_value_heads", None) or heads)
         embeddings = sum(p.numel() for p in {*model.get_input_embeddings().parameters()})
         output = model.get_output_embeddings().weight

@@ -13,7 +13,7 @@ of the sequences given. Knows no loss and no optimiser. Read next: `modes.py`, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -32,10 +32,12 @@ from tether.loading import (
     Precision,
     Source,
     context_length,
+    lacking,
     load_backbone,
     load_causal_lm,
     load_tokenizer,
     probe,
+    require_embedded,
     stop_tokens,
 )
 from tether.modes import FullMode, LoraMode, Mode, OtherReference, TopMode
@@ -91,7 +93,7 @@ class LanguagePolicy:
 
     def __init__(self, mode: Mode, value: ValueFunction, tokenizer: PreTrainedTokenizerBase) -> None:
         self.mode, self.value, self.tokenizer = mode, value, tokenizer
-        self._context = context_length(mode.model)
+        self._context, self._lacking = context_length(mode.model), lacking(tokenizer, mode.model)
         self._sampler = Sampler(
             mode.model.base_model,
             mode.head,
@@ -120,7 +122,7 @@ class LanguagePolicy:
     def pad(self) -> int:
         """A valid token id to fill padding with; it carries no meaning, lengths come from masks."""
         known = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if known is None else known)
+        return min(self.stops) if known is None or known in self._lacking else int(known)
 
     def generate(self, prompts: Prompts, uniforms: Float[Tensor, "batch response"], temperature: float) -> Generation:
         """Sample one response a prompt, token t of row b by the inverse CDF at `uniforms[b, t]`.
@@ -130,6 +132,7 @@ class LanguagePolicy:
         NonFiniteError where the policy has diverged.
         """
         _check_temperature(temperature)
+        self.require_embedded(row[real].tolist() for row, real in zip(prompts.ids, prompts.mask, strict=True))
         self._check_room(prompts.lengths, uniforms.shape[1])
         if self.writer is not None:
             generation = self.writer.write(prompts, uniforms, temperature)
@@ -183,6 +186,10 @@ class LanguagePolicy:
             self.mode.head, self.mode.reference_head, hidden, reference_hidden, tokens, temperature
         )
         return ReferenceEvaluation(*(lay_out(flat, sequences.response_mask) for flat in (logprobs, divergence)))
+
+    def require_embedded(self, prompts: Iterable[Sequence[int]]) -> None:
+        """Raise InputError where a prompt holds a token that was added to the tokenizer and not to the model."""
+        require_embedded(prompts, self._lacking, "prompt")
 
     @property
     def vocab(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tether.batch import Message, Prompt, Prompts, plain_text
+from tether.chat_templates import encode_chat, encode_open
 from tether.errors import InputError
 from tether.streams import permutation
 
@@ -100,8 +101,8 @@ def encode(
     `chat`: True wants the template, False leaves it out, None uses it where there is one.
     `max_tokens`: the longest prompt that leaves room for a response.
 
-    Raises InputError where a prompt is too long, naming the row, or where a template is asked for, or a
-    prompt is a conversation, and there is none.
+    Raises InputError where a prompt is too long, naming the row, where the template refuses one, or where a template is
+    asked for, or a prompt is a conversation, and there is none.
     """
     templated = tokenizer.chat_template is not None if chat is None else chat
     if templated and tokenizer.chat_template is None:
@@ -228,9 +229,9 @@ def _encode_one(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, templated: b
                 f"a prompt is a conversation of {len(prompt)} messages and there is no chat template to write it with; "
                 "set tokenizer.chat_template, or give prompts as text"
             )
-        return tuple(tokenizer(prompt)["input_ids"])
+        return tuple(encode_open(prompt, tokenizer))
     turns: Sequence[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    return encode_chat(turns, tokenizer)
 
 
 def collate(places: Sequence[int], keys: Sequence[int], source: PromptSource) -> Prompts:

@@ -28,9 +28,20 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.batch import Prompt, Rollout, Sequences, check_rows
+from tether.chat_templates import write_chat
 from tether.classifiers import checked, cut, last_token_head, read_classifier
 from tether.errors import InputError, ModelError
-from tether.loading import Precision, Source, choose_attention, choose_dtype, context_length, freeze, load_tokenizer
+from tether.loading import (
+    Precision,
+    Source,
+    choose_attention,
+    choose_dtype,
+    context_length,
+    freeze,
+    lacking,
+    load_tokenizer,
+    require_embedded,
+)
 from tether.trunk import run_backbone
 
 """What was asked: a text, or the messages of a conversation as `{"role": …, "content": …}`."""
@@ -109,7 +120,7 @@ class RewardModel:
         """Takes the model as its own, frozen and in eval mode. Raises ModelError where it has no single score."""
         self.manifest = manifest or RewardManifest()
         self.model, self.tokenizer = checked(model).requires_grad_(False).eval(), tokenizer
-        self._context = context_length(model)
+        self._context, self._lacking = context_length(model), lacking(tokenizer, model)
         self._head = last_token_head(model)
         self._split = None if self.manifest.top_layers is None else cut(model, self._head, self.manifest.top_layers)
         self.scorer: Callable[[Sequence[Sequence[int]]], Float[Tensor, "rows"]] | None = None
@@ -221,7 +232,7 @@ class RewardModel:
     def encode(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt with its response, as turns of user and assistant or, without a template, joined.
 
-        Raises InputError where the two differ in number, or a row is empty or too long.
+        Raises InputError where the two differ in number, a row is empty or too long, or the chat template refuses it.
         """
         check_rows("the list of prompts", len(prompts), len(responses))
         if not prompts:
@@ -231,6 +242,7 @@ class RewardModel:
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=not templated)["input_ids"]
         if self.manifest.eos and not (templated and self.manifest.closed):
             rows = [[*row, self.tokenizer.eos_token_id] for row in rows]
+        require_embedded(rows, self._lacking, "prompt and response")
         for row, ids in enumerate(rows):
             if not 0 < len(ids) <= (self._context or len(ids)):
                 raise InputError(
@@ -305,9 +317,8 @@ class RewardModel:
             return turns[0]["content"] + response
         if self.manifest.closed:
             turns.append({"role": "assistant", "content": response})
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        asked = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return f"{asked}{response}"
+            return write_chat(turns, self.tokenizer)
+        return f"{write_chat(turns, self.tokenizer, ask=True)}{response}"
 
     def _knows(self, sequences: Sequences) -> bool:
         """Whether the rollout's states are what this model's own trunk computes, seen on the first row."""
