@@ -61,6 +61,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_adapters_find_a_base_that_was_named_from_another_folder(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(runs)
+    load_policy("sft", mode="lora").save_pretrained(tmp_path / "adapters")
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained("adapters")
+    assert model.num_parameters(only_trainable=False) > build("llama").num_parameters()
+
+
 # ── a plain folder ──────────────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(("mode", "merged"), [("full", False), ("lora", False), ("lora", True), ("top", False)])
 def test_the_library_reads_an_exported_folder_as_the_policy(

@@ -60,10 +60,16 @@ def _summary(store: RunStore, subject: Subject) -> str:
     beta, kl = _value(store, "beta", last), _value(store, "kl/mean", last)
     string = f"β = {start:g}" + (f", {short(beta)} at the end" if beta not in (None, start) else "")
     strayed = "" if kl is None else f" In the last update it was {short(kl)} nats per response away from it."
+    curves = f"\n\n![score and KL through the run]({CURVES})" if is_drawn(store) else ""
     return (
         f"# {subject.name}\n\nA policy trained by PPO for {subject.step} updates, on the string of a KL penalty "
-        f"({string}) to the SFT checkpoint that it started from.{strayed}\n\n![score and KL through the run]({CURVES})"
+        f"({string}) to the SFT checkpoint that it started from.{strayed}{curves}"
     )
+
+
+def is_drawn(store: RunStore) -> bool:
+    """Whether the run has made an update; a fork that was not trained has no curve of its own."""
+    return len(store.curve("score/mean").steps) > 0
 
 
 def _measured(store: RunStore, step: int) -> str:
@@ -162,7 +168,11 @@ def _checks(store: RunStore, step: int) -> str:
 
 
 def _use(subject: Subject) -> str:
-    needs = "\n\nThese are adapters: `peft` must be installed." if subject.kind == "adapters" else ""
+    needs = (
+        f"\n\nThese are adapters on `{subject.base}`, which is loaded with them: `peft` must be installed."
+        if subject.kind == "adapters"
+        else ""
+    )
     return f"""## How to use it
 
 ```python

@@ -66,12 +66,12 @@ class Checkpoint:
     """sha256 of the manifest, and so of everything."""
 
     def weights(self) -> dict[str, Tensor]:
-        """What trains, by name."""
-        return dict(load_file(self.path / WEIGHTS))
+        """What trains, by name. Raises RunError where a run that goes on has removed it meanwhile."""
+        return _load(self.path / WEIGHTS)
 
     def snapshot(self) -> Snapshot:
-        """Everything, read from disk."""
-        return Snapshot(self.step, self.weights(), load_file(self.path / OPTIMISER), self.beta, self.states)
+        """Everything, read from disk. Raises what `weights` does."""
+        return Snapshot(self.step, self.weights(), _load(self.path / OPTIMISER), self.beta, self.states)
 
 
 class Checkpoints:
@@ -238,6 +238,16 @@ def _read(folder: Path) -> Checkpoint:
     return Checkpoint(
         folder, facts["step"], facts["beta"], facts["states"], Identity(**facts["identity"]), digest
     )  # fmt: skip
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{path} cannot be read any more: {error}. Where the run is being trained, it has removed this checkpoint: "
+            "try again, take a later one, or raise checkpoint.keep"
+        ) from error
 
 
 def _intact(folder: Path) -> bool:

@@ -8,7 +8,9 @@ uniform numbers draw both, as in the run's own evaluations.
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,10 +77,13 @@ def main(
     run: str,
     /,
     prompts: str | None = None,
+    prompt_column: str | None = None,
+    split: str | None = None,
     count: int | None = None,
     reward: str | None = None,
     judge: str | None = None,
     timeout: float | None = None,
+    model: str | None = None,
     best_of: bool = True,
     json: bool = False,
     root: Path = ROOT,
@@ -88,10 +93,13 @@ def main(
     Args:
         run: RUN or RUN@STEP: name or path of the run, and the update; by default its last checkpoint.
         prompts: Held-out prompts of your own: a file or a hub data set.
+        prompt_column: What their column is called; by default as in the run.
+        split: Their split, where they are a hub data set; by default as in the run.
         count: Prompts at most; by default as many as the run's own evaluations.
         reward: The reward, where the run got it from Python.
         judge: A judge of your own, as FILE.py:NAME or whatever a reward may be.
         timeout: Seconds that the reward and the judge have for a batch; by default as the run has it, else no limit.
+        model: The SFT checkpoint, where it no longer lies where the run found it.
         best_of: Draw best-of-n of the reference too; `--no-best-of` leaves it out.
         json: Print one JSON object.
         root: The folder that holds the run folders.
@@ -99,9 +107,11 @@ def main(
     prepare_process()
     console = Console(stderr=True) if json else console_for_output()
     folder, step = find_point(run, root)
-    trained = open_trained(folder, step)
-    settings = _settings(trained, folder, prompts, count, {"reward": reward, "judge": judge}, timeout)
-    with memory_errors_explained(settings):
+    trained = open_trained(folder, step, model)
+    data = {"data.prompts": prompts, "data.heldout": prompts, "data.prompt_column": prompt_column, "data.split": split}
+    judges = {"reward": reward, "judge": judge}
+    settings = _settings(trained, folder, {**data, "evaluation.prompts": count}, judges, timeout)
+    with memory_errors_explained(settings), redirect_stdout(sys.stderr if json else sys.stdout):
         task = open_task(settings, console)
         foreign = _another_reward(trained, task, folder)
         if foreign:
@@ -117,8 +127,7 @@ def main(
 def _settings(
     trained: Trained,
     folder: Path,
-    prompts: str | None,
-    count: int | None,
+    data: Mapping[str, str | int | None],
     judges: Mapping[str, str | None],
     timeout: float | None,
 ) -> RunSettings:
@@ -127,7 +136,10 @@ def _settings(
     Raises ConfigError, naming the flag, where prompts or reward came from Python and are not given.
     """
     own = trained.settings
-    needed = [("reward", own.reward.is_given or judges["reward"]), ("prompts", own.data.prompts or prompts)]
+    needed = [
+        ("reward", own.reward.is_given or judges["reward"]),
+        ("prompts", own.data.prompts or data["data.prompts"]),
+    ]
     lacking = [f"--{name} {WANTED[name]}" for name, known in needed if own.world is None and not known]
     if lacking:
         raise ConfigError(
@@ -135,9 +147,9 @@ def _settings(
             f"came from Python; give them: {' '.join(lacking)}"
         )
     given: dict[str, object] = {
-        "data.prompts": prompts, "data.heldout": prompts, "evaluation.prompts": count,
+        **data,
         "model.source": None if own.world else str(trained.source),
-    }  # fmt: skip
+    }
     for name, source in judges.items():
         if source is not None:
             given |= {f"{name}.source": source, f"{name}.parts": {}, f"{name}.ensemble": ()}

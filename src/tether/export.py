@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tether.card import CURVES, Subject, model_card
+from tether.card import CURVES, Subject, is_drawn, model_card
 from tether.database import complaints
 from tether.errors import ModelError, RunError
 from tether.loading import Source, layer_count
@@ -96,7 +96,8 @@ def _fill(folder: Path, run: Path, trained: Trained, merged: bool) -> None:
     (folder / SETTINGS_FILE).write_text(text, "utf-8")
     kind = "adapters" if settings.model.mode == "lora" and not merged else "whole model"
     with RunStore.open(run) as store:
-        plot_curves([(store.name, store)], folder / CURVES)
+        if is_drawn(store):
+            plot_curves([(store.name, store)], folder / CURVES)
         source = "a model in memory" if isinstance(trained.source, PreTrainedModel) else str(trained.source)
         digests = checkpoint.identity.digests
         layers = layer_count(trained.source)

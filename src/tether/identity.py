@@ -33,11 +33,14 @@ from tether.runtime.sharding import whole
 
 FREE = ("checkpoint", "checks", "evaluation", "keep_samples", "report_to", "runtime")
 """Sections of the settings that a resumed run may have otherwise: they change what is looked at and kept alone."""
+WHERE = ("model.source", "data.prompts", "data.heldout", "reward.source", "holdout.source", "judge.source")
+"""Knobs that say where something lies, which may be moved; what lies there has a digest, or is only looked at."""
 NAMES = {
     "reference": "the reference (the SFT checkpoint)",
     "tokenizer": "the tokenizer",
     "reward": "the reward",
     "prompts": "the set of training prompts",
+    "columns": "the columns beside the training prompts",
 }
 PATIENCE = ("timeout_seconds", "retries")
 """How long a reward is waited for, which changes no score."""
@@ -54,15 +57,23 @@ class Digested(Protocol):
 
 
 def identify(
-    settings: RunSettings, policy: LanguagePolicy, reward: object, prompts: Sequence[Sequence[int]]
+    settings: RunSettings,
+    policy: LanguagePolicy,
+    reward: object,
+    prompts: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[object]],
 ) -> Identity:
-    """What the run of these is; `prompts` are token ids. The policy's reference is read, not its trained weights."""
+    """What the run of these is; `prompts` are token ids, with their `columns`, which the reward reads. The policy's
+    reference is read, not its trained weights.
+    """
     digests = {
         "reference": of_tensors(policy.mode.reference()),
         "tokenizer": of_tokenizer(policy.tokenizer),
         "reward": of_reward(reward),
         "prompts": of_prompts(prompts),
     }
+    if columns:
+        digests["columns"] = of_columns(columns)
     return Identity(settings.dump(), digests, made_by())
 
 
@@ -89,11 +100,12 @@ def recorded_settings(recorded: object) -> RunSettings:
         ) from error
 
 
-def require_same_settings(recorded: object, wanted: RunSettings, advice: str) -> None:
-    """Raise RunError, naming each knob, where settings differ in more than what is looked at and kept."""
+def require_same_settings(recorded: object, wanted: RunSettings, advice: str, free: Sequence[str] = ()) -> None:
+    """Raise RunError, naming each knob, where settings differ in more than what is looked at and kept, and `free`."""
     before = recorded_settings(recorded).dump()
     old, new = _flat(before), _flat(wanted.dump())
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and name.split(".")[0] not in FREE]
+    differing = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in free]
+    changed = [name for name in differing if name.split(".")[0] not in FREE]
     if changed:
         told = "\n".join(f"  {name}: {old.get(name)} in the checkpoint, {new.get(name)} now" for name in changed)
         raise RunError(f"a resumed run keeps its settings; these differ:\n{told}\n{advice}")
@@ -154,6 +166,12 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 def of_prompts(ids: Sequence[Sequence[int]]) -> str:
     """Of the tokens of all prompts, in their order."""
     return _of_text(json.dumps([list(row) for row in ids]))
+
+
+def of_columns(columns: Mapping[str, Sequence[object]]) -> str:
+    """Of all entries, in their order; what is no plain value counts by its kind."""
+    plain = {name: list(columns[name]) for name in sorted(columns)}
+    return _of_text(json.dumps(plain, skipkeys=True, default=lambda entry: type(entry).__qualname__))
 
 
 def of_reward(reward: object) -> str:

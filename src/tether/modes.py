@@ -154,7 +154,13 @@ class LoraMode:
         return []
 
     def save(self, folder: Path, merged: bool) -> None:
-        (copy.deepcopy(self.adapters).merge_and_unload() if merged else self.adapters).save_pretrained(folder)
+        if merged:
+            copy.deepcopy(self.adapters).merge_and_unload().save_pretrained(folder)
+            return
+        for config in self.adapters.peft_config.values():  # who loads them stands in another folder
+            base = config.base_model_name_or_path
+            config.base_model_name_or_path = str(Path(base).resolve()) if base and Path(base).is_dir() else base
+        self.adapters.save_pretrained(folder)
 
 
 class TopMode:

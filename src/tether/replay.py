@@ -150,7 +150,7 @@ def _again(settings: RunSettings, task: Task, meta: Mapping[str, object], begin:
     knobs = settings.ppo
     copies = knobs.sampling.samples_per_prompt
     prompts = source_of(task.train, policy, settings, knobs.batch_size // copies, copies)
-    found = identify(settings, policy, task.judges.reward, prompts.ids).digests
+    found = identify(settings, policy, task.judges.reward, prompts.ids, prompts.columns).digests
     known = meta.get("digests")
     require_same_digests(known if isinstance(known, dict) else {}, found, "A replay needs them as they were")
     run = Run(policy, task.judges.reward, prompts, knobs, _keep_nothing)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tether.checkpoint import Checkpoint, Checkpoints
 from tether.config import RunSettings
-from tether.errors import RunError
+from tether.errors import ModelError, RunError
 from tether.identity import of_tensors, of_tokenizer, recorded_settings, require_same_digests
-from tether.loading import Source
+from tether.loading import Source, require_there
 from tether.models import LanguagePolicy
-from tether.recipe_files import load_recipe
+from tether.recipe_files import load_recipe, read_recipe
 from tether.resuming import fork_run, resume_run
 from tether.runs import ROOT, find_run
 from tether.runtime.processes import launch, require_processes
@@ -30,27 +31,47 @@ from tether.tasks import open_task
 from tether.terminal import console_for_output
 from tether.worlds.world import open_world
 
+TRIES = 3
+"""At the last checkpoint of a run that is being trained, which may be gone by the time that it is read."""
 
-def main(run: str, /, root: Path = ROOT, num_processes: int | None = None) -> int:
+
+def main(
+    run: str,
+    /,
+    root: Path = ROOT,
+    num_processes: int | None = None,
+    model: str | None = None,
+    prompts: str | None = None,
+    reward: str | None = None,
+) -> int:
     """Go on with a run that was stopped or killed, as if it never had been.
 
     Args:
         run: The run's name below `root`, or the path of its folder.
         root: The folder that holds the run folders.
         num_processes: Processes that share it from here on; by default as many as before.
+        model: The SFT checkpoint, where it no longer lies where the run found it.
+        prompts: The training prompts, where they lie elsewhere by now.
+        reward: The reward, where it lies elsewhere by now.
     """
     prepare_process()
     console = console_for_output()
     found = find_run(run, root)
-    settings = load_recipe(str(found / CONFIG_FILE))
+    names = {"model.source": model, "data.prompts": prompts, "reward.source": reward}
+    moved = [(name, place) for name, place in names.items() if place is not None]
+    settings, _ = read_recipe(str(found / CONFIG_FILE), moved)
     processes = settings.runtime.processes if num_processes is None else num_processes
     if processes > 1 and not is_launched():
-        return launch(processes, ["resume", str(found), "--num-processes", str(processes)])
+        given = {"num-processes": str(processes), "model": model, "prompts": prompts, "reward": reward}
+        flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+        return launch(processes, ["resume", str(found), *flags])
     settings = settings.with_processes(processes)
+    if settings.model.source is not None:
+        require_source(found, settings.model.source)
     with joined() as ranks:
         console = console if ranks.is_first else Console(quiet=True)
         require_processes(settings, ranks)
-        folder = resume_run(found, lambda settings: open_task(settings, console), console, settings)
+        folder = resume_run(found, lambda settings: open_task(settings, console), console, settings, moved=True)
     if is_first():
         console.print(f"done: {folder}\nlook at it: tether show {folder}", soft_wrap=True)
     return 0
@@ -126,17 +147,42 @@ def open_trained(
     `model`: the SFT checkpoint, where it no longer lies where the run found it; an object wants its `tokenizer` too.
     Raises RunError where there is no such checkpoint or the model is another one, ModelError where it cannot be read.
     """
-    checkpoints = Checkpoints(folder / CHECKPOINTS)
-    found = checkpoints.newest(print) if step is None else checkpoints.read(step)
-    if found is None:
-        raise RunError(f"{folder} holds no whole checkpoint; train it, or go on with it: tether resume {folder}")
+    found, weights = _read_weights(folder, step)
     settings = recorded_settings(found.identity.settings)
-    source = model or _source(folder, settings)
+    source = require_source(folder, _source(folder, settings)) if model is None else model
     policy = open_policy(source, settings, tokenizer)
     digests = {"reference": of_tensors(policy.mode.reference()), "tokenizer": of_tokenizer(policy.tokenizer)}
     require_same_digests(found.identity.digests, digests, "Give the SFT checkpoint that the run started from: --model")
-    load_weights(policy, found.weights())
+    load_weights(policy, weights)
     return Trained(policy, settings, source, found)
+
+
+def _read_weights(folder: Path, step: int | None) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """The checkpoint with its weights, read at once: a run that is being trained removes it before long."""
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    for left in reversed(range(TRIES)):
+        found = checkpoints.newest(print) if step is None else checkpoints.read(step)
+        if found is None:
+            raise RunError(f"{folder} holds no whole checkpoint; train it, or go on with it: tether resume {folder}")
+        try:
+            return found, found.weights()
+        except RunError:
+            if not left or step is not None:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def require_source(folder: Path, source: Source) -> Source:
+    """The checkpoint that a run started from, if it is there. Raises ModelError that names the flag, if it is not."""
+    try:
+        if isinstance(source, str | Path):
+            require_there(source)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder} started from {str(source)!r}, which is not there: say where it lies by now with --model FOLDER "
+            f"({error})"
+        ) from error
+    return source
 
 
 def _source(folder: Path, settings: RunSettings) -> Source:

@@ -5,7 +5,7 @@ Read next: `checkpoint.py` (what is saved), `identity.py` (what is refused), `se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from tether.checkpoint import Checkpoint, Checkpoints, Identity
 from tether.config import RunSettings
 from tether.errors import ConfigError, RunError
-from tether.identity import differences, made_by, recorded_settings, require_same_settings
+from tether.identity import WHERE, differences, made_by, recorded_settings, require_same_settings
 from tether.ranked import shared
 from tether.recipe_files import load_recipe
 from tether.rewards import controller
@@ -31,22 +31,23 @@ def resume_run(
     settings: RunSettings | None = None,
     *,
     way_on: str | None = None,
+    moved: bool = False,
 ) -> Path:
     """Go on with a run from its last whole checkpoint, as if it had never stopped; returns its folder.
 
     `open_task` gives what the run was about. `settings`: by default those in the folder; they must be those that the
-    run was started with, up to what is looked at and kept. Rows of `run.db` after the checkpoint are made again. A run
-    without a checkpoint starts again from update 0; a finished one stays as it is.
+    run was started with, up to what is looked at and kept; with `moved` they may also say that model, prompts or judges
+    lie elsewhere by now, and what lies there is held against its digest. Rows of `run.db` after the checkpoint are made
+    again. A run without a checkpoint starts again from update 0; a finished one stays as it is.
 
     Raises RunError where the folder is no run, another process writes it, or settings, reference, tokenizer, reward or
     prompts are not what the run was started with, and whatever training raises.
     """
     chosen = load_recipe(str(folder / CONFIG_FILE)) if settings is None else settings
     with store_of(chosen, lambda: RunStore.open(folder, readonly=False)) as store:
-        found = here().ask_first(lambda: _place(folder, store, chosen, console))
+        found = here().ask_first(lambda: _place(folder, store, chosen, console, WHERE if moved else ()))
         if isinstance(found, Path):
             return found
-        store.put("config", chosen.dump())
         task = here().together(lambda: open_task(chosen), first_ahead=True)
         policy = here().together(lambda: open_policy(task.model, chosen, task.tokenizer))
         session = Session(task, chosen, shared(policy, here(), is_sharded(chosen)), store, console, found.start)
@@ -60,12 +61,12 @@ class _Found:
     start: Checkpoint | None
 
 
-def _place(folder: Path, store: RunStore, chosen: RunSettings, console: Console) -> _Found | Path:
+def _place(folder: Path, store: RunStore, chosen: RunSettings, console: Console, free: Sequence[str]) -> _Found | Path:
     """The checkpoint to go on from, or the folder itself where the run is finished."""
     checkpoints = Checkpoints(folder / CHECKPOINTS, chosen.checkpoint)
     start = checkpoints.newest(lambda text: console.print(text, soft_wrap=True), _rows(store))
     recorded = store.meta()["config"] if start is None else start.identity.settings
-    require_same_settings(recorded, chosen, elsewhere(folder))
+    require_same_settings(recorded, chosen, elsewhere(folder), free)
     if _is_finished(store, chosen):
         console.print(f"{folder} is finished: {chosen.ppo.steps} updates", soft_wrap=True)
         return folder
@@ -97,7 +98,7 @@ def fork_run(parent: Path, step: int | None, root: Path, name: str, settings: Ru
         snapshot = replace(snapshot, beta=plain(controller(settings.ppo.reward)), states=states)
     kept = {key: start.identity.digests[key] for key in ("reference", "tokenizer")}
     with RunStore.open(parent) as store:
-        source = store.meta().get("source")
+        source = settings.model.source or store.meta().get("source")
     lineage = {"run": str(parent.resolve()), "step": start.step, "checkpoint": start.digest}
     with RunStore.create(root, name, settings.dump()) as store:
         for key, fact in {"sigma": 1.0, "source": source, "lineage": lineage, "digests": kept}.items():

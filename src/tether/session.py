@@ -127,6 +127,7 @@ def source_of(
             f"{policy.context} tokens, which leaves no room for a prompt; try {policy.context // 2}"
         )
     fitted = fit(given, policy.tokenizer, max_tokens=room, too_long=settings.data.too_long)
+    policy.require_embedded(fitted.ids)
     kept = fitted.prompts
     return PromptSource(
         kept.prompts, fitted.ids, per_batch, copies, settings.ppo.seed, policy.pad, kept.columns, fitted.note
@@ -228,12 +229,14 @@ class Session:
 
     def _identify(self, prompts: PromptSource) -> Identity:
         """What this run is. Raises RunError where its folder says that it is another."""
-        identity = identify(self.settings, self.policy, self.task.judges.reward, prompts.ids)
+        identity = identify(self.settings, self.policy, self.task.judges.reward, prompts.ids, prompts.columns)
         _require_one_start(identity)
         recorded = dict(self.start.identity.digests) if self.start is not None else {}
         known = self.store.meta().get("digests")
         recorded |= known if isinstance(known, dict) else {}
         require_same_digests(recorded, identity.digests, elsewhere(self.store.path))
+        self.store.put_config(self.settings.dump())
+        self.store.put("source", _source(self.task))
         self.store.put("processes", _processes(self.settings))
         self.store.put("digests", dict(identity.digests))
         self.store.put("made_by", dict(identity.made_by))
@@ -321,7 +324,7 @@ def train_run(
     with store_of(settings, lambda: RunStore.create(root, name, settings.dump())) as store:
         store.put("sigma", 1.0)
         store.put("planted", PLANTED.get())
-        store.put("source", None if isinstance(task.model, PreTrainedModel) else str(task.model))
+        store.put("source", _source(task))
         return see_through(Session(task, settings, policy, store, console), way_on)
 
 
@@ -338,6 +341,11 @@ def store_of(settings: RunSettings, open_store: Callable[[], RunStore]) -> Itera
             aside = Path(stack.enter_context(TemporaryDirectory(prefix="tether-")))
             store = ranks.together(lambda: RunStore.create(aside, "aside", settings.dump()))
         yield stack.enter_context(store)
+
+
+def _source(task: Task) -> str | None:
+    """Where the model that the run starts from lies; None where it is an object."""
+    return None if isinstance(task.model, PreTrainedModel) else str(task.model)
 
 
 def _processes(settings: RunSettings) -> dict[str, object]:

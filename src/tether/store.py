@@ -79,6 +79,11 @@ class RunStore:
         self.told: Callable[[int, Mapping[str, float]], None] | None = None
         """Who else hears the metrics of a step, once they are written."""
 
+    def put_config(self, config: Mapping[str, object]) -> None:
+        """The run's settings, in the place of those that were there, for people and for programs."""
+        _write_config(self.path, config)
+        self.put("config", config)
+
     # ── opening ─────────────────────────────────────────────────────────────────────────────────────────────────────
     @staticmethod
     def create(
@@ -104,8 +109,7 @@ class RunStore:
                 f"{path} exists{_standing(path)}; choose another name, resume that run, or delete the folder"
             )
         store = RunStore.open(path, readonly=False, clock=clock)
-        _write_config(path, config)
-        store.put("config", config)
+        store.put_config(config)
         store.event("continued")
         return store
 
