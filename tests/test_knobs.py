@@ -146,6 +146,17 @@ def test_what_is_no_number_is_no_beta(value: str) -> None:
     assert "ppo.reward.beta" in faults_of(f"ppo: {{reward: {{beta: {value}}}}}")[0]
 
 
+@pytest.mark.parametrize("text", ["judge: {source: ''}", "reward: ' '", "model: ''", "data: ''"])
+def test_an_empty_name_is_a_fault_and_not_left_out(text: str) -> None:
+    """As the command line gives one where a shell's variable is not set: --judge "$JUDGE"."""
+    assert "wanted text" in faults_of(text)[0]
+
+
+@pytest.mark.parametrize("ns", ["[0]", "[4, -2]"])
+def test_best_of_none_is_refused_before_anything_is_drawn(ns: str) -> None:
+    assert "wanted whole numbers ≥ 1, or [] for none" in faults_of(f"evaluation: {{best_of: {ns}}}")[0]
+
+
 def test_a_negative_beta_must_be_asked_for_by_name() -> None:
     assert "allow_negative_beta: true" in faults_of("ppo: {reward: {beta: -0.1}}")[0]
     settings, _ = read_settings({"ppo": {"reward": {"beta": -0.1, "allow_negative_beta": True}}})

@@ -59,6 +59,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / "words.py").write_text("def count(text):\n    return len(text.split())\n", encoding="utf-8")
     (tmp_path / "mine" / "deep" / "judge.py").write_text("def one(p, r):\n    return [1.0] * len(r)\n", "utf-8")
     (tmp_path / "broken.py").write_text("1 / 0\n", encoding="utf-8")
+    (tmp_path / "program.py").write_text("import argparse\nargparse.ArgumentParser().parse_args(['--x'])\n", "utf-8")
     (tmp_path / "lacks.py").write_text("import no_such_module_anywhere\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -152,6 +153,7 @@ def test_limits_and_token_rewards_reach_the_function(here: Path) -> None:
         ("no_such_package.judge:f", InputError, "cannot import 'no_such_package.judge': No module named 'no_such_pack"),
         ("mine.deep.jugde:one", InputError, "No module named 'mine.deep.jugde'; looked in"),
         ("broken.py:f", InputError, "importing 'broken.py' failed: ZeroDivisionError: division by zero"),
+        ("program.py:f", InputError, "importing 'program.py' ends the program .* below: if __name__ == \"__main__\":"),
         ("lacks.py:f", InputError, "No module named 'no_such_module_anywhere'"),
         ("./no-such-folder", ModelError, r"cannot read a reward model from './no-such-folder'"),
         ("none.jsonl", InputError, "there is no file none.jsonl"),

@@ -249,6 +249,31 @@ def test_an_async_fault_is_told_alike() -> None:
         FunctionReward(reward)(P, R)
 
 
+async def leaves_politely(prompts, responses):
+    sys.exit(0)
+
+
+def leaves(prompts, responses):
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("limit", [None, 5.0])
+@pytest.mark.parametrize("function", [leaves, leaves_politely])
+def test_a_function_that_would_end_the_program_has_failed(function: Callable, limit: float | None) -> None:
+    """Else a run would end as if it had done its work; and the loop of async functions would be gone."""
+    with pytest.raises(RewardError, match=r"on response 0: it called sys\.exit\(0\)"):
+        FunctionReward(function, timeout_seconds=limit)(P, R)
+    assert FunctionReward(slow_lengths, timeout_seconds=limit)(P, R) == [1.0, 2.0]
+
+
+def test_an_interrupt_from_within_a_coroutine_arrives() -> None:
+    async def interrupted(prompts, responses):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FunctionReward(interrupted, timeout_seconds=5.0)(P, R)
+
+
 def test_errors_of_tether_and_interrupts_pass_as_they_are() -> None:
     def raising(fault: BaseException) -> Callable:
         def reward(prompts, responses):
@@ -256,7 +281,7 @@ def test_errors_of_tether_and_interrupts_pass_as_they_are() -> None:
 
         return reward
 
-    for fault in (ModelError("as it was"), KeyboardInterrupt(), SystemExit(3)):
+    for fault in (ModelError("as it was"), KeyboardInterrupt()):
         for limit in (None, 5.0):
             with pytest.raises(type(fault)) as caught:
                 FunctionReward(raising(fault), timeout_seconds=limit)(P, R)

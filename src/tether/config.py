@@ -247,6 +247,12 @@ class EvaluationSettings(Settings):
     best_of: tuple[int, ...] = knob((4, 16, 64), "n of the best-of-n baselines", usual="4 to 64", used="Stiennon, Gao")
     best_of_prompts: int = knob(16, "Held-out prompts that best-of-n is drawn for", usual="16 to 64", ge=1)
 
+    @model_validator(mode="after")
+    def _draws(self) -> EvaluationSettings:
+        if wrong := [n for n in self.best_of if n < 1]:
+            raise contradiction(["best_of"], f"best_of holds {wrong[0]}; wanted whole numbers ≥ 1, or [] for none")
+        return self
+
 
 class CheckpointSettings(Settings):
     """When the state of a run is saved, and what is kept of it."""

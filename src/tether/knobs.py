@@ -316,11 +316,12 @@ def _faults_of(
 
 
 def _wrong_kind(path: str, value: object) -> Fault | None:
-    """A fault where pydantic would bend the value: true for a number, or a fraction that is not one."""
+    """A fault where pydantic would bend the value, true for a number, or take it for none: an empty text."""
     field = knobs()[path]
     kinds = kinds_of(field)
     number = isinstance(value, float) and not math.isfinite(value)
-    if (isinstance(value, bool) and bool not in kinds) or number:
+    nothing = isinstance(value, str) and not value.strip() and str in kinds
+    if (isinstance(value, bool) and bool not in kinds) or number or nothing:
         return Fault(path, f"got {_shown(value)}; wanted {wanted(field)}")
     return None
 

@@ -140,6 +140,11 @@ def _import(path: str) -> ModuleType:
         raise
     except ModuleNotFoundError as fault:
         raise InputError(f"cannot import {path!r}: {fault}; looked in {Path.cwd()} and what is installed") from fault
+    except SystemExit as leave:
+        raise InputError(
+            f"importing {path!r} ends the program (sys.exit, or a command line that is read at once); wanted a module "
+            'of functions: put what runs as a program below: if __name__ == "__main__":'
+        ) from leave
     except Exception as fault:
         raise InputError(f"importing {path!r} failed: {type(fault).__name__}: {fault}") from fault
 

@@ -18,7 +18,7 @@ from tether.batch import Prompt, plain_text
 from tether.errors import InputError, RewardError, TetherError
 from tether.metrics import did_you_mean
 from tether.reward_numbers import numbers_of
-from tether.runtime.waiting import TimeUpError, notice_after, wait_for
+from tether.runtime.waiting import LeftError, TimeUpError, notice_after, wait_for
 
 NOTICE_SECONDS = 60.0
 """After so long without an answer the user is told what the run waits for."""
@@ -176,7 +176,7 @@ def name_of(reward: object) -> str:
 
 def _told(name: str, fault: Exception, row: int | None, prompts: Sequence[Prompt], responses: Sequence[str]) -> str:
     kind = type(fault).__name__
-    what = f"{kind}: {fault}" if str(fault) else kind
+    what = str(fault) if isinstance(fault, LeftError) else f"{kind}: {fault}" if str(fault) else kind
     if row is None:
         return f"{name} failed on a batch of {_responses(len(responses))}: {what}"
     prompt, response = _short(plain_text(prompts[row])), _short(responses[row])

@@ -26,18 +26,36 @@ class TimeUpError(Exception):
     """What was waited for did not come within the limit."""
 
 
+class LeftError(Exception):
+    """What was waited for wanted to end the whole program, by `sys.exit()`."""
+
+
+class _Interrupted(Exception):
+    """A coroutine raised KeyboardInterrupt, which would end the loop that it runs on."""
+
+
 def wait_for(function: Callable[[], object], limit_seconds: float | None = None) -> object:
     """What the function gives, awaited where that is an awaitable.
 
-    Raises TimeUpError where it takes longer than the limit, and whatever the function raises. A plain function that is
-    given up goes on in its thread, which does not keep the process alive; a coroutine is cancelled.
+    Raises TimeUpError where it takes longer than the limit, LeftError where it calls `sys.exit()`, and whatever else
+    the function raises. A plain function that is given up goes on in its thread, which does not keep the process alive;
+    a coroutine is cancelled.
     """
     started = time.monotonic()
-    given = function() if limit_seconds is None else _result(_in_thread(function), limit_seconds)
+    with _exits_told():
+        given = function() if limit_seconds is None else _result(_in_thread(function), limit_seconds)
     if not inspect.isawaitable(given):
         return given
     left = None if limit_seconds is None else max(0.0, limit_seconds - (time.monotonic() - started))
     return _await(given, left)
+
+
+@contextmanager
+def _exits_told() -> Iterator[None]:
+    try:
+        yield
+    except SystemExit as leave:
+        raise LeftError(f"it called sys.exit({'' if leave.code is None else repr(leave.code)})") from leave
 
 
 @contextmanager
@@ -68,10 +86,16 @@ def _in_thread(function: Callable[[], object]) -> Future[object]:
 
 def _await(given: Awaitable[object], limit_seconds: float | None) -> object:
     async def waited() -> object:
-        return await given
+        try:
+            with _exits_told():
+                return await given
+        except KeyboardInterrupt as stop:
+            raise _Interrupted from stop
 
     try:
         return _result(asyncio.run_coroutine_threadsafe(waited(), _loop()), limit_seconds)
+    except _Interrupted:
+        raise KeyboardInterrupt from None
     except TimeUpError:
         if not _turns(_loop()):
             _loop.cache_clear()  # its thread is lost to what blocks it; the next coroutine gets another
