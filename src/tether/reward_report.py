@@ -13,6 +13,7 @@ the prompt adds to every score drops out. Knows no training of reward models.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -40,9 +41,11 @@ COMMONEST_WORDS = 4096
 PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0)
 """λ of the floor's ½λ|w|², of which a fifth of the training pairs chooses one."""
 
-UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")
-"""Scripts whose words no space parts (kana, Chinese signs, Thai): there a sign counts as a word."""
-_WORD = re.compile(rf"{UNSPACED.pattern}|(?:(?!{UNSPACED.pattern})\w)+|[^\w\s]")
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+"""Scripts whose words no space parts (Thai, Lao, Burmese, Khmer, kana, Chinese): there a sign counts as a word."""
+_SIGNS = "".join(chr(code) for code in range(0x300, 0x3000) if unicodedata.category(chr(code)).startswith("M"))
+"""Accents and vowel signs that stand on a letter: Devanagari has them in nearly every word."""
+_WORD = re.compile(rf"{UNSPACED.pattern}|(?:(?!{UNSPACED.pattern})[\w{_SIGNS}])+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,8 @@ def words_of(text: str) -> list[str]:
 
     >>> words_of("Yes, I do 好的")
     ['yes', ',', 'i', 'do', '好', '的']
+    >>> words_of("नमस्ते दुनिया")
+    ['नमस्ते', 'दुनिया']
     """
     return _WORD.findall(text.lower())
 
