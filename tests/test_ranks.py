@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,29 @@ def test_an_address_where_nobody_is_is_one_clear_error(monkeypatch: pytest.Monke
     }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RunError, match=r"process 1 of 2 does not reach the others at localhost:9"), joined():
+        pass
+
+
+def test_a_port_that_another_program_has_is_named_with_the_variable_that_changes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, TIMEOUT: "2"}
+        for name, value in said.items():
+            monkeypatch.setenv(name, value)
+        told = rf"process 0 of 2 does not reach the others at localhost:{port}: .*another MASTER_PORT"
+        with pytest.raises(RunError, match=told), joined():
+            pass
+
+
+def test_more_processes_than_gpus_are_refused_on_all_of_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"3 processes .* where 2 GPUs are to be seen; .*start 2"), joined():
         pass
 
 

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import http.server
+import importlib
 import io
 import os
 import signal
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 import ranked_runs
@@ -29,7 +32,7 @@ from resumable import count_words, left_behind, settings_of, task_of
 from tether.batch import Prompt
 from tether.config import RunSettings
 from tether.errors import ModelError, WorkerError
-from tether.runtime import ray_cluster
+from tether.runtime import ray_cluster, ray_crew
 from tether.runtime_settings import RaySettings
 from tether.session import Judges, open_policy, train_run
 from tether.store import RunStore
@@ -157,6 +160,50 @@ def test_what_answers_and_is_no_ray_is_one_error_within_seconds() -> None:
             ray_cluster._look(f"127.0.0.1:{server.server_port}")
         assert time.monotonic() - started < ray_cluster.ASK_SECONDS + 5.0
         server.shutdown()
+
+
+def test_an_address_from_the_environment_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own word for where jobs are sent, a page's address, is none to join."""
+    monkeypatch.setenv(ray_cluster.ADDRESS, "http://127.0.0.1:8265")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    told = r"RAY_ADDRESS is 'http://127\.0\.0\.1:8265'; wanted auto or HOST:PORT"
+    with pytest.raises(WorkerError, match=told), ray_cluster.connected(RaySettings()):
+        pass
+
+
+def test_a_cluster_of_another_python_is_told_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.utils import check_version_info
+
+    def refuse(**options: object) -> None:
+        check_version_info({"ray_version": ray.__version__, "python_version": "3.9.1"}, "node 10.0.0.2")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    own = rf"{sys.version_info.major}\.{sys.version_info.minor}\."
+    with pytest.raises(WorkerError, match=rf"no Ray can be used at auto: .*Python: 3\.9\.1 .*Python: {own}"):
+        ray_cluster._connect("auto")
+
+
+def test_a_machine_without_the_program_is_told_with_what_it_lacks(
+    crews: ray_cluster.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "from tether.runtime.ray_crew import Servant\n\n\nclass Here(Servant):\n    pass\n"
+    (tmp_path / "here_alone.py").write_text(module, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ray_crew, "Servant", importlib.import_module("here_alone").Here)
+    crews.reserve(1)
+    with pytest.raises(WorkerError, match=r"the clerk worker 0 is gone [^\x1b]* No module named 'here_alone'"):
+        crews.crew("clerk", Clerk, 1).ask("double", [(1,)])
+
+
+def test_ray_takes_the_example_of_a_cluster_and_starts_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.autoscaler._private import commands, util
+
+    told = yaml.safe_load((TESTS.parent / "docs" / "runtimes" / "ray-cluster.yaml").read_text("utf-8"))
+    util.validate_config(util.prepare_config(copy.deepcopy(told)))  # as `ray up` does
+    warnings: list[object] = []
+    monkeypatch.setattr(commands.cli_logger, "warning", lambda text, *words: warnings.append((text, words)))
+    commands.warn_about_bad_start_command(told["head_start_ray_commands"])
+    assert not warnings
 
 
 # ── whole runs ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -292,13 +292,17 @@ def test_who_shares_a_run_is_told_and_one_process_is_not_worth_a_word() -> None:
     meta = {
         "processes": {"count": 1, "sharding": "replicate", "hosts": ["a"]},
         "workers": {
+            "version": "2.60.0",
             "rollout": {"workers": [place, place], "restarts": 1},
             "scoring": {"workers": [place], "restarts": 0},
         },
     }
     assert crew_of(meta, {"rollout/version": 12.0, "rollout/staleness": 1.0}) == [
-        "2 rollout workers of Ray on b, started anew 1 times",
-        "1 scoring workers of Ray on b",
+        "2 rollout workers of Ray 2.60.0 on b, started anew 1 times",
+        "1 scoring workers of Ray 2.60.0 on b",
         "responses by weights of version 12, 1 updates old",
     ]
     assert crew_of({"processes": {"count": 1, "sharding": "replicate", "hosts": ["a"]}}, {"kl/mean": 1.0}) == []
+    engine = {"runtime": "vllm", "writer": "vLLM 0.32.0 of the run's own"}
+    assert crew_of({"workers": engine}, {}) == ["responses by vLLM 0.32.0 of the run's own"]
+    assert crew_of({"workers": {"runtime": "own"}}, {}) == []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from tether.config import RunSettings
 from tether.errors import ConfigError, MissingExtraError, WorkerError
 from tether.knobs import read_settings
 from tether.runtime import vllm_server
-from tether.runtime.vllm_engine import Answer, Question, Rule
+from tether.runtime.vllm_engine import PROVED, Answer, Question, Rule
 from tether.runtime.vllm_process import VllmProcess
 from tether.runtime.vllm_server import Child, Launch, VllmServer
 from vllm_stand_in import ANSWERED, serving
@@ -164,6 +165,15 @@ def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
         VllmServer.start(Launch(**HERE | {"python": "/no/python"}), tmp_path, 5.0)
 
 
+def test_an_interpreter_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(vllm_server, "QUICK_SECONDS", 0.5)
+    with pytest.raises(ConfigError, match=r"runtime.vllm.python is '.*python': no answer within 0.5 s"):
+        VllmServer.start(Launch(**HERE | {"python": str(python)}), tmp_path, 5.0)
+
+
 def package(folder: Path, code: str) -> Launch:
     """A vLLM whose server is these lines; `sys.argv` holds its options."""
     module = folder / "vllm" / "entrypoints" / "openai"
@@ -184,6 +194,42 @@ def test_a_server_that_does_not_come_up_is_told_with_its_last_words(tmp_path: Pa
         WorkerError, match=r"ended with status 1; its last words: ValueError: no room for keys and values"
     ):
         VllmServer.start(launch, tmp_path, 5.0)
+
+
+def test_a_vllm_that_does_not_know_the_options_is_told_which_one_does(tmp_path: Path) -> None:
+    launch = package(tmp_path, "import argparse; argparse.ArgumentParser().parse_args()")
+    with pytest.raises(
+        WorkerError, match=rf"status 2; .*unrecognized arguments: --model .*wanted {PROVED} or one like"
+    ):
+        VllmServer.start(launch, tmp_path, 5.0)
+
+
+class OtherVllm:
+    """A module `vllm` of another version, whose engine fails as it is told."""
+
+    __version__ = "0.5.0"
+    SamplingParams = dict
+
+    class LLM:
+        def __init__(self, **options: object) -> None:
+            self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+
+        def generate(self, *asked: object, **options: object) -> None:
+            raise type("EngineDeadError", (Exception,), {})("EngineCore encountered an issue")
+
+
+def test_a_vllm_here_without_weight_versions_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", OtherVllm)
+    with pytest.raises(WorkerError, match=rf"vLLM 0\.5\.0 has no weight versions; wanted {PROVED}"):
+        VllmProcess(str(tmp_path), "float32", 2**20, eager=True)
+
+
+def test_a_vllm_here_that_fails_at_writing_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", OtherVllm)
+    monkeypatch.setattr(OtherVllm.LLM, "update_weight_version", lambda version: None, raising=False)
+    engine = VllmProcess(str(tmp_path), "float32", 2**20, eager=True)
+    with pytest.raises(WorkerError, match=r"vLLM 0\.5\.0 did not write: EngineCore encountered an issue"):
+        engine.answer([Question((1, 2), 3)], RULE)
 
 
 def test_a_server_that_hangs_at_the_start_is_given_up(tmp_path: Path) -> None:

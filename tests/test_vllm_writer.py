@@ -312,12 +312,14 @@ def test_a_run_with_an_address_has_a_writer_there_as_long_as_it_lasts(tmp_path: 
     policy = policy_of("top")
     with serving() as routes:
         settings = settings_of({}, address=routes.url, folder=str(tmp_path))
-        with helped(settings, policy, lambda: policy, [], lambda name, fact: None, first=5):
+        noted: dict[str, object] = {}
+        with helped(settings, policy, lambda: policy, [], noted.__setitem__, first=5):
             first = policy.generate(PROMPTS, draws(), TEMPERATURE)
             stir(policy)
             second = policy.generate(PROMPTS, draws(), TEMPERATURE)
     assert first.responses[:, :2].tolist() == [[9, EOS], [11, EOS], [6, EOS], [60, EOS]]
     assert [first.origin.version, second.origin.version] == [5, 6]
+    assert noted == {"workers": {"runtime": "vllm", "overlap": False, "writer": f"vLLM 0.32.0 at {routes.url}"}}
     assert policy.writer is None
     assert list(tmp_path.iterdir()) == []
 

@@ -67,6 +67,9 @@ class StandIn:
         self.version = version
         self.loads.append((version, tuple(weights)))
 
+    def about(self) -> str:
+        return "a stand-in"
+
     def is_lost(self) -> bool:
         return self.lost
 

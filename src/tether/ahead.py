@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 
 @runtime_checkable
-@runtime_checkable
 class Pending(Protocol):
     """Responses on their way."""
 
@@ -39,7 +38,6 @@ class Pending(Protocol):
         """The responses; waits for them."""
 
 
-@runtime_checkable
 @runtime_checkable
 class Begins(Protocol):
     """A writer that works elsewhere."""

@@ -35,6 +35,9 @@ class Elsewhere:
     def score(self, rows: Sequence[Sequence[int]]) -> NoReturn:  # noqa: ARG002
         raise AssertionError(_TOLD)
 
+    def about(self) -> str:
+        return "another process asks"
+
     def catch_up(self) -> None:
         """Nothing to do."""
 

@@ -130,7 +130,9 @@ def require_same_versions(role: str, said: Sequence[object]) -> None:
 
 def facts(cluster: Cluster, crews: Sequence[Crew], overlap: bool) -> dict[str, object]:
     """Who works where, for the run folder."""
-    told: dict[str, object] = {"runtime": "ray", "address": cluster.address, "overlap": overlap}
+    told: dict[str, object] = {
+        "runtime": "ray", "version": cluster.version, "address": cluster.address, "overlap": overlap,
+    }  # fmt: skip
     for crew in crews:
         places = [{"host": host, "process": process} for _, (host, process) in sorted(crew.processes.items())]
         told[crew.role] = {"workers": places, "restarts": crew.restarts}

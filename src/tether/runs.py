@@ -136,12 +136,19 @@ def crew_of(meta: Mapping[str, object], latest: Mapping[str, float | None]) -> l
         if isinstance(crew, Mapping) and isinstance(places := crew.get("workers"), list):
             hosts = _distinct([place.get("host") for place in places if isinstance(place, Mapping)])
             again = f", started anew {crew['restarts']} times" if crew.get("restarts") else ""
-            lines.append(f"{len(places)} {role} workers of Ray on {hosts}{again}")
+            lines.append(f"{len(places)} {role} workers of Ray{_version_of(workers)} on {hosts}{again}")
+    if isinstance(workers, Mapping) and "writer" in workers:
+        lines.append(f"responses by {workers['writer']}")
     version = latest.get("rollout/version")
     if version is not None:
         age = latest.get("rollout/staleness") or 0.0
         lines.append(f"responses by weights of version {version:.0f}, {age:.0f} updates old")
     return lines
+
+
+def _version_of(workers: object) -> str:
+    version = workers.get("version") if isinstance(workers, Mapping) else None
+    return "" if version is None else f" {version}"
 
 
 def _distinct(hosts: object) -> str:

@@ -58,6 +58,11 @@ def vllm_writing(settings: RunSettings, policy: LanguagePolicy, first: int = 0) 
         writer.close()
 
 
+def facts(writer: VllmWriter | Elsewhere, overlap: bool) -> dict[str, object]:
+    """Who writes, for the run folder."""
+    return {"runtime": "vllm", "overlap": overlap, "writer": writer.about()}
+
+
 def open_engine(settings: RunSettings, policy: LanguagePolicy, model: Path) -> Engine:
     """The engine that the settings name; one of the run's own starts from the checkpoint in `model`."""
     knobs = settings.runtime.vllm

@@ -95,6 +95,10 @@ class VllmWriter:
             self._remove()
             raise
 
+    def about(self) -> str:
+        """Who writes, for people."""
+        return self._engine.about()
+
     @property
     def version(self) -> int:
         """Of the policy as it stands: grows by one whenever it is found moved."""

@@ -57,18 +57,21 @@ def helped(
     cannot be had, and what opening the policy elsewhere raises.
     """
     with ExitStack() as stack:
+        if settings.runtime.writer == "own":
+            note("workers", {"runtime": "own"})  # a run that is resumed may have had some before
         if settings.runtime.writer == "vllm":
-            stack.enter_context(_vllm(settings, policy, first))
+            stack.enter_context(_vllm(settings, policy, note, first))
         if settings.runtime.writer == "ray":
             stack.enter_context(_ray(settings, policy, open_policy, rewards, note, first))
         yield
 
 
 @contextmanager
-def _vllm(settings: RunSettings, policy: LanguagePolicy, first: int) -> Iterator[None]:
-    from tether.vllm_run import vllm_writing
+def _vllm(settings: RunSettings, policy: LanguagePolicy, note: Note, first: int) -> Iterator[None]:
+    from tether.vllm_run import facts, vllm_writing
 
     with vllm_writing(settings, policy, first) as writer:
+        note("workers", facts(writer, settings.runtime.overlap))
         policy.writer = Ahead(writer) if settings.runtime.overlap else writer
         try:
             yield

@@ -213,6 +213,7 @@ def joined() -> Iterator[Ranks]:
 def _join() -> None:
     backend, limit = "gloo", timedelta(seconds=_timeout())
     if torch.cuda.is_available():
+        _require_gpus(torch.cuda.device_count())
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     choose_interface(os.environ["MASTER_ADDR"], several_hosts())
@@ -222,8 +223,24 @@ def _join() -> None:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise RunError(
             f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} does not reach the others at {place}: "
-            f"{_line(error)}. Start all of them, with the same address and number of processes"
+            f"{_line(error)}. {_advice(error)}"
         ) from error
+
+
+def _require_gpus(there: int) -> None:
+    """Raise ConfigError, on all processes of a machine alike, where they outnumber its GPUs: NCCL wants one each."""
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if started > there:
+        raise ConfigError(
+            f"{started} processes were started on {socket.gethostname()}, where {there} GPUs are to be seen; wanted "
+            f"one each: start {there}, or set CUDA_VISIBLE_DEVICES= (nothing) to work on the CPU"
+        )
+
+
+def _advice(error: Exception) -> str:
+    if "EADDRINUSE" in str(error):
+        return "Another program listens there; give all of them another MASTER_PORT"
+    return "Start all of them, with the same address and number of processes"
 
 
 def _part() -> None:

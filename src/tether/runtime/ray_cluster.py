@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ADDRESS = "RAY_ADDRESS"
 """Where Ray itself, and `ray job submit`, say which cluster is meant."""
+KNOB = "runtime.ray.address"
 KNOCK_SECONDS = 5.0
 """For somebody to answer at the address at all."""
 ASK_SECONDS = 15.0
@@ -50,6 +51,13 @@ class Cluster:
     _group: PlacementGroup | None = None
     _taken: int = 0
     _crews: list[Crew] = field(default_factory=list)
+
+    @property
+    def version(self) -> str:
+        """Of Ray, which is the same on all its machines."""
+        import ray
+
+        return str(ray.__version__)
 
     def reserve(self, workers: int) -> None:
         """Room for all workers of the run, at once. Raises WorkerError where the cluster has none within a minute."""
@@ -121,13 +129,15 @@ def connected(settings: RaySettings) -> Iterator[Cluster]:
     require_ray()
     import ray
 
-    address = settings.address or os.environ.get(ADDRESS)
+    address, named = settings.address, KNOB
+    if not address:
+        address, named = os.environ.get(ADDRESS), ADDRESS
     before = ray.is_initialized()
     if not before:
-        if address is None:
+        if not address:
             _start(settings)
         else:
-            _connect(address)
+            _connect(address, named)
     cluster = Cluster(settings, address or "this machine")
     try:
         yield cluster
@@ -178,42 +188,43 @@ def _start(settings: RaySettings) -> None:
                 ) from error
 
 
-def _connect(address: str) -> None:
-    """Join the Ray at an address, after a look whether there is one."""
+def _connect(address: str, named: str = KNOB) -> None:
+    """Join the Ray at an address, after a look whether there is one; `named`: where the user says which."""
     import ray
 
     if address != "auto":
-        _look(address)
+        _look(address, named)
     try:
         ray.init(address=address, configure_logging=False, log_to_driver=False)
     except (Exception, SystemExit) as error:
         raise WorkerError(
-            f"no Ray can be used at {address}: {_line(error)}. Start one (ray start --head), or leave "
-            "runtime.ray.address out for one of the run's own"
+            f"no Ray can be used at {address}: {_in_one_line(error)}. Start one (ray start --head) with the same "
+            f"Python and Ray as here, or leave {named} out for one of the run's own"
         ) from error
 
 
-def _look(address: str) -> None:
+def _look(address: str, named: str = KNOB) -> None:
     """Raise WorkerError unless a Ray of this version answers at HOST:PORT."""
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdecimal():
         raise WorkerError(
-            f"runtime.ray.address is {address!r}; wanted auto or HOST:PORT of a head node, as 10.0.0.1:6379 (from "
-            "another machine: ray job submit)"
+            f"{named} is {address!r}; wanted auto or HOST:PORT of a head node, as 10.0.0.1:6379 (from another machine: "
+            "ray job submit)"
         )
     try:
         socket.create_connection((host, int(port)), KNOCK_SECONDS).close()
     except OSError as error:
         raise WorkerError(
-            f"nobody answers at runtime.ray.address {address}: {error}. Is the head node up, and the port that of "
-            "`ray start --head` (6379)?"
+            f"nobody answers at {named} {address}: {error}. Is the head node up, and the port that of `ray start "
+            "--head` (6379)?"
         ) from error
     asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise WorkerError(
-            f"what answers at runtime.ray.address {address} is no Ray; wanted the head node's port, 6379 by default"
+            f"what answers at {named} {address} is no Ray, or one that says nothing for {ASK_SECONDS:g} s; wanted the "
+            "head node's port, 6379 by default"
         ) from None
     if said.returncode:
         raise WorkerError(f"the Ray at {address} cannot be used: {_last_line(said.stderr or said.stdout)}")
@@ -226,6 +237,11 @@ def _amounts(resources: dict[str, float]) -> str:
 
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+
+
+def _in_one_line(error: BaseException) -> str:
+    """All of it: where versions differ, Ray says which in the lines after the first."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:500].rstrip(".")
 
 
 def _last_line(text: str) -> str:

@@ -12,6 +12,7 @@ value, so that Ray repeats nothing that would fail again. Knows no model. Read n
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from tether.errors import TetherError, WorkerError
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+COLOURS = re.compile(r"\x1b\[[\d;]*m")
 FOR_EVER = -1
 """Ray's word for a worker that is started again however often it dies; the limit of each answer bounds that."""
 
@@ -210,4 +212,8 @@ def _as_raised(answer: Answer, prefix: str) -> TetherError:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+    """What happened, and the line after it that names the reason: the last, as of a worker's traceback."""
+    text = COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    said = lines[0] if len(lines) == 1 else f"{lines[0][:300]} … {lines[-1]}"
+    return said[:600].rstrip(".")

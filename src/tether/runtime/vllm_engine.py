@@ -72,6 +72,9 @@ class Engine(Protocol):
     def load(self, folder: Path, version: str) -> None:
         """Exchange weights for those of the folder's safetensors files; others stay. Raises WorkerError."""
 
+    def about(self) -> str:
+        """Its version and where it is, for people."""
+
     def is_lost(self) -> bool:
         """Whether it has died, and can be started anew."""
 

@@ -30,7 +30,7 @@ class VllmProcess:
             import vllm
         except ImportError as fault:
             raise MissingExtraError(f"runtime.vllm.place: process asks for vLLM here ({fault}); {INSTALL}") from fault
-        self._sampling = vllm.SamplingParams
+        self._sampling, self._version = vllm.SamplingParams, str(vllm.__version__)
         try:
             self._llm: Any = vllm.LLM(
                 model=model, dtype=dtype, kv_cache_memory_bytes=cache_bytes, max_model_len=-1, logprobs_mode=LOGPROBS,
@@ -41,11 +41,25 @@ class VllmProcess:
                 f"vLLM {vllm.__version__} does not open {model}: {fault}; proved with {PROVED}"
             ) from fault
 
+        if not hasattr(self._llm, "update_weight_version"):
+            self.close()
+            raise WorkerError(f"vLLM {self._version} has no weight versions; wanted {PROVED} or one like it")
+
     def answer(self, questions: Sequence[Question], rule: Rule) -> list[Answer]:
-        """One answer a question, in the questions' order."""
+        """One answer a question, in the questions' order. Raises WorkerError where vLLM fails at them."""
         prompts = [{"prompt_token_ids": list(question.prompt)} for question in questions]
         sampling = [self._sampling(**rule.as_sampling(question.seed)) for question in questions]
-        return [_read(told) for told in self._llm.generate(prompts, sampling, use_tqdm=False)]
+        try:
+            return [_read(told) for told in self._llm.generate(prompts, sampling, use_tqdm=False)]
+        except WorkerError:
+            raise
+        except Exception as fault:  # an engine that died has a class of vLLM's own
+            raise WorkerError(
+                f"vLLM {self._version} did not write: {fault or type(fault).__name__}; proved with {PROVED}"
+            ) from fault
+
+    def about(self) -> str:
+        return f"vLLM {self._version} in the run's first process"
 
     def load(self, folder: Path, version: str) -> None:
         try:

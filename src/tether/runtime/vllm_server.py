@@ -89,6 +89,7 @@ class VllmServer:
         """`seconds` is the limit of one response, or one reload; `launch` says how it is started anew."""
         self._wire, self._seconds, self._launch = wire, seconds, launch
         self._child: Child | None = None
+        self._version = "of unknown version"
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="vllm")
 
     @staticmethod
@@ -122,6 +123,10 @@ class VllmServer:
         except BaseException:
             self.close()
             raise
+
+    def about(self) -> str:
+        where = f"at {self._wire.address}" if self._launch is None else "of the run's own"
+        return f"vLLM {self._version} {where}"
 
     def is_lost(self) -> bool:
         """Whether the server of the run's own has ended; one that has lost its engine ends a moment later."""
@@ -166,9 +171,7 @@ class VllmServer:
         while not self._is_ready():
             child.require_alive()
             if time.monotonic() > ends:
-                raise WorkerError(
-                    f"vLLM did not come up within {start_seconds:g} s; its last words: {child.last_words()}"
-                )
+                raise WorkerError(f"vLLM did not come up within {start_seconds:g} s; {child.last_words()}")
             time.sleep(LOOK_EVERY_SECONDS)
 
     def _has_lost_its_engine(self) -> bool:
@@ -182,16 +185,15 @@ class VllmServer:
         return False
 
     def _is_ready(self) -> bool:
-        try:
+        with suppress(WireError):
             self._wire.ask("GET", "/health", seconds=QUICK_SECONDS)
-        except WireError:
-            return False
-        return True
+            return True
+        return False
 
     def require_fit(self, temperature: float, *, untied: bool = False) -> None:
         """Raise WorkerError unless the server has the routes, tells what it draws with, and takes a head of its own."""
         try:
-            version = str(self._wire.ask("GET", "/version", seconds=QUICK_SECONDS)["version"])
+            version = self._version = str(self._wire.ask("GET", "/version", seconds=QUICK_SECONDS)["version"])
         except (WireError, KeyError, TypeError) as fault:
             raise WorkerError(f"there is no vLLM server at {self._wire.address}: {fault}") from fault
         try:
@@ -225,7 +227,7 @@ class VllmServer:
             hint = f"; {DEVELOPMENT}`" if fault.status in (403, 404) else ""
             if self._child is not None:
                 self._child.require_alive()
-                hint = f"; its last words: {self._child.last_words()}"
+                hint = f"; {self._child.last_words()}"
             raise WorkerError(f"vLLM did not do what it was asked: {fault}{hint}") from fault
 
 
@@ -262,21 +264,21 @@ class Child:
     def require_alive(self) -> None:
         """Raise WorkerError, with its last words, where the process has ended."""
         if (status := self._process.poll()) is not None:
-            raise WorkerError(f"vLLM has ended with status {status}; its last words: {self.last_words()}")
+            raise WorkerError(f"vLLM has ended with status {status}; {self.last_words()}")
 
     def has_ended(self, seconds: float) -> bool:
         """Whether the process has ended, or ends within so many seconds."""
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
+        return self._process.returncode is not None
 
     def last_words(self) -> str:
-        """The last line of the log that names an error, or the last at all."""
+        """The last line of the log that names an error, or the last at all; another vLLM knows other options."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if ERROR.search(line) and not REMARK.search(line)]
-        return (errors or lines or ["none"])[-1]
+        last = (errors or lines or ["none"])[-1]
+        other = f"; wanted {PROVED} or one like it, and runtime.vllm.options that it knows"
+        return f"its last words: {last}{other * ('unrecognized arguments' in last)}"
 
     def close(self) -> None:
         """Ask it to end, and its whole group with it; end what is left after a while."""
@@ -285,10 +287,8 @@ class Child:
             self._watch.join()
         for word, seconds in ((signal.SIGTERM, ASKED_TO_END_SECONDS), (signal.SIGKILL, None)):
             if self._signal(word):
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     self._process.wait(seconds)
-                except subprocess.TimeoutExpired:
-                    continue
         self._folder.cleanup()
 
     def _signal(self, word: signal.Signals) -> bool:
@@ -303,12 +303,11 @@ def require_vllm(python: str) -> None:
     """Raise MissingExtraError where this interpreter has no vLLM, ConfigError where there is no such interpreter."""
     look = "import importlib.util as u, sys; sys.exit(0 if u.find_spec('vllm') else 3)"
     try:
-        status = subprocess.run(
-            [python, "-c", look], capture_output=True, timeout=QUICK_SECONDS, check=False
-        ).returncode
-    except OSError as fault:
-        raise ConfigError(f"runtime.vllm.python is {python!r}: {fault.strerror}; wanted an interpreter") from fault
-    if status:
+        done = subprocess.run([python, "-c", look], capture_output=True, timeout=QUICK_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as fault:
+        why = fault.strerror if isinstance(fault, OSError) else f"no answer within {QUICK_SECONDS:g} s"
+        raise ConfigError(f"runtime.vllm.python is {python!r}: {why}; wanted an interpreter") from fault
+    if done.returncode:
         raise MissingExtraError(f"{python} has no vLLM, which runtime.writer: vllm asks for; {INSTALL}")
 
 
