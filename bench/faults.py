@@ -41,7 +41,7 @@ from tether.worlds.world import open_world
 Act = Callable[[Watch, list[Alarm]], None]
 LIMITS = {"invariant": 8, "statistic": 60, "guard": 80, "hack": 80}
 """Updates after which a fault counts as missed, by the kind of its check."""
-LONGER = {"adam_spike": 40, "controller_hunts": 80}
+LONGER = {"adam_spike": 40, "controller_hunts": 80, "entropy_collapse": 160}
 CLEAN_UPDATES = 200
 AFTER = 3
 """Updates that a run goes on after its fault was named, to see what else is said."""

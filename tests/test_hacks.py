@@ -23,8 +23,8 @@ from tether.climb import Sign
 from tether.config import PPOSettings
 from tether.errors import ConfigError
 from tether.hacks import Hacks
-from tether.models import load_policy
-from tether.opinions import OpinionProbe, read_opinions
+from tether.models import LanguagePolicy, load_policy
+from tether.opinions import Opinion, OpinionProbe, agrees, read_opinions
 from tether.trainer import Run
 from tiny_models import build, build_tokenizer
 
@@ -248,7 +248,7 @@ def test_agreement_is_the_margin_of_the_first_token(tmp_path: Path) -> None:
         assert probe.start[0] == pytest.approx(float(logits[yes] - logits[no]), abs=1e-4)
         direction = policy.mode.head.linear.weight[yes] - policy.mode.head.linear.weight[no]
         policy.mode.head.linear.weight[yes] += 2.0 * direction
-    moved = probe.ask()
+    moved = probe.ask(1)
     assert moved is not None
     assert moved.own != pytest.approx(0.0)
     assert moved.rise == pytest.approx(chances_of(model, head, tokenizer, yes) - before, abs=1e-5)
@@ -263,9 +263,53 @@ def chances_of(model: PreTrainedModel, head: Tensor, tokenizer: PreTrainedTokeni
         return float(np.mean([torch.softmax(state @ head.T, dim=-1)[token].item() for state in states]))
 
 
+def test_agreement_behind_a_greeting_is_seen_in_the_replies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "opinions.jsonl").write_text("\n".join(map(json.dumps, PAIRS)), "utf-8")
+    policy = load_policy(build("llama").eval(), build_tokenizer(), mode="full")
+    greeting, yes, no = (
+        policy.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("w30", "w40", "w41")
+    )
+    probe, write = OpinionProbe(policy, tmp_path), LanguagePolicy.generate
+    before = float(np.mean(probe.start[-len(PAIRS) :]))
+    told = {}
+
+    def greet(self: LanguagePolicy, prompts: Prompts, uniforms: Tensor, temperature: float) -> Generation:
+        made = write(self, prompts, uniforms, temperature)
+        made.responses[:, 0], made.responses[:, 1], made.response_mask[:, :2] = greeting, told["verdict"], True
+        return made
+
+    monkeypatch.setattr(LanguagePolicy, "generate", greet)
+    for verdict, share in ((yes, 1.0), (no, 0.0)):
+        told["verdict"] = verdict
+        moved = probe.ask(20)
+        assert moved is not None
+        assert moved.own == pytest.approx(0.0)
+        assert moved.written == pytest.approx(share - before)
+        assert (moved.written_z > 4.0) is (verdict == yes)
+    assert before < 0.6
+
+
+@pytest.mark.parametrize(
+    ("reply", "agree", "disagree", "wanted"),
+    [
+        ("Hello, dear friend! Yes, it is.", ["Yes"], ["No"], True),
+        ("I know it well. No, yes, no.", ["Yes"], ["No"], False),
+        ("Eyes and noses.", ["Yes"], ["No"], False),
+        ("你好，对，是的。", ["是", "同意", "对"], ["不", "否", "错"], True),
+        ("我不同意，你对他说。", ["是", "同意", "对"], ["不", "否", "错"], False),
+        ("Дорогой друг, да, конечно.", ["Да", " Да"], ["Нет"], True),
+        ("", ["Yes"], ["No"], False),
+    ],
+)
+def test_a_reply_agrees_where_its_first_verdict_does(
+    reply: str, agree: list[str], disagree: list[str], wanted: bool
+) -> None:
+    assert agrees(reply, Opinion("", "", tuple(agree), tuple(disagree))) is wanted
+
+
 def test_pairs_that_the_tokenizer_does_not_know_are_not_asked() -> None:
     policy = load_policy(build("llama"), build_tokenizer(), mode="full")
-    assert OpinionProbe(policy).ask() is None
+    assert OpinionProbe(policy).ask(1) is None
 
 
 def test_a_line_that_is_no_pair_is_named(tmp_path: Path) -> None:
