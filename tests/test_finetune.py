@@ -245,7 +245,8 @@ def test_demonstrations_are_learned_and_the_model_given_stays_as_it_was(mode: st
     assert report.heldout_loss_after is not None
     assert report.heldout_loss_after < 0.5 < 2.0 < report.heldout_loss_before
     assert report.last_loss < report.first_loss
-    assert report.warnings == ()
+    (warning,) = report.warnings
+    assert "10 of the 10 held-out demonstrations stand among the learned ones too" in warning
     assert all(torch.equal(parameter, before[name]) for name, parameter in base.named_parameters())
     assert type(made.model) is type(base)
     assert set(made.model.state_dict()) == set(base.state_dict())  # adapters are folded in
@@ -269,6 +270,17 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_held_out_demonstrations_that_are_learned_too_are_warned_of() -> None:
+    rows = [{"prompt": "w5", "completion": " w7"}] * 8 + [{"prompt": f"w{n}", "completion": " w9"} for n in (20, 21)]
+    report = finetune(build("llama"), read_demonstrations(rows), Finetuning(heldout=0.5), tokenizer=words()).report
+    assert report.heldout == 5
+    assert 3 <= report.learned_too <= 5
+    assert f"{report.learned_too} of the 5 held-out demonstrations stand among the learned ones" in report.warnings[-1]
+    different = [{"prompt": f"w{n}", "completion": " w9"} for n in range(20, 30)]
+    other = finetune(build("llama"), read_demonstrations(different), Finetuning(heldout=0.5), tokenizer=words()).report
+    assert (other.learned_too, other.warnings) == (0, ())
 
 
 def test_one_demonstration_is_enough_and_the_report_says_that_nothing_was_held_out() -> None:

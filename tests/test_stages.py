@@ -254,6 +254,37 @@ def test_a_set_whose_longer_answers_win_is_said_to_be_one() -> None:
     assert (fair.longer_wins, fair.unequal, fair.warnings) == (None, 0, ())
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--reference-samples", "1"], "reference_samples is 1; wanted 2 or more, or 0 for the responses of the pairs"),
+        (["--reference-samples", "-4"], "reference_samples is -4; wanted 2 or more"),
+        (["--heldout", "0"], "wanted at least 2 groups and 0 < heldout < 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_drawn_or_learned(
+    flags: list[str],
+    told: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def drawn(*_: object, **__: object) -> None:
+        raise AssertionError("nothing shall be drawn")
+
+    monkeypatch.setattr(stages, "own_replies", drawn)
+    arguments = ["--model", str(model), "--data", written(tmp_path / "p.jsonl", comparisons(40))]
+    assert cli.run(["reward", "--out", str(tmp_path / "rm"), *arguments, *flags]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_reference_samples_that_are_all_the_same_are_refused_before_anything_is_learned() -> None:
+    pairs = read_preferences(comparisons(20))
+    with pytest.raises(InputError, match="got 3 reference samples, none different from the others"):
+        learn_preferences(pairs, build("llama"), KNOBS, tokenizer=build_tokenizer(), reference=(["w5"] * 3, ["w6"] * 3))
+
+
 def test_a_small_excess_of_longer_answers_is_no_warning() -> None:
     rows = [("p", "a b", "a")] * 7 + [("p", "a", "a b")] * 3
     pairs = Pairs(*zip(*rows, strict=True))

@@ -121,6 +121,8 @@ class FinetuneReport:
     """Learned from."""
     heldout: int
     """Measured, and not learned from."""
+    learned_too: int
+    """Of these, such as were learned from all the same, since the data holds them more than once."""
     dropped: int
     shortened: int
     """Demonstrations that were too long: left out, and cut on the left."""
@@ -143,12 +145,18 @@ class FinetuneReport:
         before, after = self.heldout_loss_before, self.heldout_loss_after
         if before is None or after is None:
             return ("nothing was held out, so nobody knows what was learned and what was learned by heart",)
+        found = []
         if after > before:
-            return (
+            found.append(
                 f"the held-out loss rose from {before:.3f} to {after:.3f}: use fewer epochs, a lower learning rate, or "
-                "more demonstrations",
+                "more demonstrations"
             )
-        return ()
+        if self.learned_too:
+            found.append(
+                f"{self.learned_too} of the {self.heldout} held-out demonstrations stand among the learned ones too: "
+                "the held-out loss is lower than on new ones. Leave out what stands twice"
+            )
+        return tuple(found)
 
     def as_dict(self) -> dict[str, object]:
         return {**asdict(self), "warnings": list(self.warnings)}
@@ -326,9 +334,11 @@ def _report(
     packed: bool,
     seconds: float,
 ) -> FinetuneReport:
+    known = {example.ids for example in learned}
     return FinetuneReport(
         demonstrations=len(learned),
         heldout=len(aside),
+        learned_too=sum(example.ids in known for example in aside),
         dropped=encoded.dropped,
         shortened=encoded.shortened,
         learned_tokens=sum(example.learned_tokens for example in learned),

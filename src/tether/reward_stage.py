@@ -125,9 +125,14 @@ def learn_preferences(
     instead. `reference`: prompts and replies on which the score gets mean 0 and standard deviation 1; by default all
     responses of the pairs. `finished` is called with the reward model while its twin is not yet learned.
 
-    Raises InputError where there are too few pairs, a text is too long, or a share is out of bounds, ModelError where
-    `base` does not fit, NonFiniteError where a gradient is not finite.
+    Raises InputError where there are too few pairs or reference samples, a text is too long, or a share is out of
+    bounds, ModelError where `base` does not fit, NonFiniteError where a gradient is not finite.
     """
+    if reference is not None and len(set(zip(map(repr, reference[0]), reference[1], strict=True))) < 2:
+        raise InputError(
+            f"got {len(reference[1])} reference samples, none different from the others; wanted several, on which the "
+            "score gets mean 0 and standard deviation 1: more samples, or none for the responses of the pairs"
+        )
     report = report_on_pairs(pairs)
     options = asdict(settings) | {"tokenizer": tokenizer, "dtype": dtype, "device": device}
     if holdout:

@@ -25,7 +25,7 @@ from tether.prompts import TooLong
 from tether.recipe_files import load_recipe
 from tether.reward_fit import RewardTraining
 from tether.reward_model import MANIFEST_FILE as REWARD_MANIFEST
-from tether.reward_stage import LearnedReward, fit_pairs, learn_preferences, own_replies, report_on_pairs
+from tether.reward_stage import LearnedReward, fit_pairs, learn_preferences, own_replies, report_on_pairs, split_off
 from tether.runtime.interrupt import Interrupt
 from tether.session import prepare_process
 from tether.sft_checkpoint import MANIFEST_FILE as SFT_MANIFEST
@@ -216,6 +216,10 @@ def main_reward(
     console = Console(stderr=True) if json else console_for_output()
     if (data is None) == (world is None) or (data is not None and model is None):
         raise ConfigError("wanted --model M --data FILE, or --world nano or smollm2, and not both")
+    if reference_samples == 1 or reference_samples < 0:
+        raise ConfigError(
+            f"reference_samples is {reference_samples}; wanted 2 or more, or 0 for the responses of the pairs"
+        )
     require_free(out, REWARD_MANIFEST, "reward model of tether")
     if world is not None:
         given = _of_world(world, model, seed, console)
@@ -263,6 +267,8 @@ def _learn(
 ) -> LearnedReward:
     """The reward model and its twin. Where Ctrl-C stops the twin, the model that was finished is written to `out`."""
     done: list[LearnedReward] = []
+    if not holdout:
+        split_off(given.pairs, heldout, knobs.seed)  # what is wrong with the share is said before replies are drawn
     try:
         with phases(console) as tell:
             replies = None
