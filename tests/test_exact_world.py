@@ -115,6 +115,11 @@ def test_a_slope_outside_the_two_strings_breaks_the_chord_law() -> None:
     assert chord_law([(0.1, 2.0, 10.0), (0.2, 1.3, 5.0)]) == []
     assert "slope Δr/ΔK is 0.3" in chord_law([(0.1, 2.0, 10.0), (0.2, 0.5, 5.0)])[0]
     assert chord_law([(0.1, 2.0, 10.0), (0.2, 0.99, 5.0)], tolerance=0.02) == []
+    noisy = [(0.1, 2.0, 10.0), (0.2, 0.9, 5.0)]  # a slope of 0.22: 0.1 points too much gain
+    assert chord_law(noisy, errors=[(0.04, 0.0), (0.04, 0.0)]) == []  # two standard errors of a difference: 0.113
+    assert chord_law(noisy, errors=[(0.03, 0.0), (0.03, 0.0)]) != []
+    assert chord_law([(0.1, 1.0, 5.0), (0.2, 1.0, 5.2)], errors=[(0.1, 0.1), (0.1, 0.1)]) == []
+    assert "K rises" in chord_law([(0.1, 1.0, 5.0), (0.2, 1.0, 5.2)], errors=[(0.1, 0.05), (0.1, 0.05)])[0]
 
 
 def test_a_tabular_policy_samples_what_its_table_says() -> None:

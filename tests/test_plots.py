@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -209,6 +210,9 @@ def test_the_chord_law_holds_at_optima_and_is_seen_broken_elsewhere() -> None:
     assert around[0].slope > 0.5, "the run to the left gained too much on it"
     assert around[1].slope < 0.5, "it gained too little on the run to the right"
     assert not Chord(SweepPoint(0.1, 1.0, 2.0), SweepPoint(0.2, 1.0, 1.0)).is_kept, "two β at the same KL"
+    noisy = [SweepPoint(0.1, 10.0, 2.0, gain_se=0.03), SweepPoint(0.2, 5.0, 0.9, gain_se=0.03)]
+    assert not chords_of(noisy)[0].is_kept, "0.1 too much, of which noise explains 0.085"
+    assert chords_of([replace(point, gain_se=0.04) for point in noisy])[0].is_kept
     backwards = chords_of([SweepPoint(0.2, 2.0, 1.15), SweepPoint(0.1, 1.0, 1.0)])[0]
     assert (backwards.loose.beta, backwards.is_kept) == (0.1, False), "the longer string at less KL"
 

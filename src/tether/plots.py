@@ -92,6 +92,9 @@ class SweepPoint:
     beta: float
     kl: float
     gain: float
+    kl_se: float = 0.0
+    gain_se: float = 0.0
+    """Standard errors; those of points without noise are 0."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,16 @@ class Chord:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the chord law holds between the two, without allowance for noise.
+        """Whether the chord law holds between the two, up to two standard errors.
 
         >>> Chord(SweepPoint(0.1, kl=10.0, gain=2.0), SweepPoint(0.2, kl=5.0, gain=1.3)).is_kept
         True
         """
-        return self.loose.kl > self.tight.kl and self.loose.beta <= self.slope <= self.tight.beta
+        loose, tight = self.loose, self.tight
+        nats, gain = loose.kl - tight.kl, loose.gain - tight.gain
+        kls, gains = 2.0 * math.hypot(loose.kl_se, tight.kl_se), 2.0 * math.hypot(loose.gain_se, tight.gain_se)
+        least, most = loose.beta * nats - math.hypot(gains, loose.beta * kls), tight.beta * nats
+        return nats > -kls and least <= gain <= most + math.hypot(gains, tight.beta * kls)
 
 
 def moving_mean(values: NDArray[np.floating]) -> NDArray[np.floating]:

@@ -67,13 +67,15 @@ def main(
         for b in sorted(set(beta))
     ]
     points = [at_rest(store) for store in stores]
-    broken = chord_law([(p.beta, p.score, p.kl) for p in points if p.beta > 0])
+    strung = [p for p in points if p.beta > 0]
+    broken = chord_law([(p.beta, p.score, p.kl) for p in strung], errors=[(p.score_se, p.kl_se) for p in strung])
     picture, texts = _draw(stores, points, out), _write_texts(stores, out / "texts.md")
     if json:
         print(jsonlib.dumps({"points": [asdict(p) for p in points], "chord_law_broken": broken}))
         return
     console.print(_table(points))
-    console.print("chord law: " + ("holds" if not broken else "; ".join(broken)), soft_wrap=True)
+    told = "holds, within two standard errors" if not broken else "; ".join(broken)
+    console.print(f"chord law: {told}", soft_wrap=True)
     console.print(f"wrote {picture}\nwrote {texts}", soft_wrap=True)
 
 
@@ -107,7 +109,7 @@ def _table(points: Sequence[Point]) -> Table:
 def _draw(stores: Sequence[RunStore], points: Sequence[Point], out: Path) -> Path:
     start = float(np.mean([store.curve("eval/score").values[0] for store in stores]))
     trails = [Trail(f"β = {p.beta:g}", [max(p.kl, 0.0)], [p.score - start]) for p in points if p.beta == 0]
-    chords = [SweepPoint(p.beta, max(p.kl, 0.0), p.score - start) for p in points if p.beta > 0]
+    chords = [SweepPoint(p.beta, max(p.kl, 0.0), p.score - start, p.kl_se, p.score_se) for p in points if p.beta > 0]
     return plot_frontier(trails, [], 1.0, out / "frontier.png", chords)
 
 

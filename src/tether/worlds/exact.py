@@ -13,6 +13,7 @@ deviation σ = 1 under the reference, for each prompt. Korbak et al. 2022; Rafai
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,20 +152,31 @@ def frontier(world: ExactWorld, betas: Sequence[float]) -> list[Optimum]:
     return [optimum(world, beta) for beta in betas]
 
 
-def chord_law(points: Sequence[tuple[float, float, float]], tolerance: float = 0.0) -> list[str]:
+def chord_law(
+    points: Sequence[tuple[float, float, float]],
+    tolerance: float = 0.0,
+    errors: Sequence[tuple[float, float]] | None = None,
+) -> list[str]:
     """What breaks β_a ≤ (r_a − r_b)/(K_a − K_b) ≤ β_b, K_a ≥ K_b among points (β, score, K); empty where it holds.
 
     It holds between the optima of any two strings β_a < β_b, in every world; a sweep that breaks it is unconverged or
-    counts KL wrongly. `tolerance` is relative, for points that carry noise.
+    counts KL wrongly. For points that carry noise: `tolerance` is relative, `errors` are the standard errors of score
+    and K, of which two are allowed.
     """
     broken = []
-    for (low, score_low, kl_low), (high, score_high, kl_high) in itertools.pairwise(sorted(points)):
-        pair = f"between β = {low:g} and β = {high:g}"
-        slope = (score_low - score_high) / (kl_low - kl_high) if kl_low != kl_high else float("nan")
-        if kl_high > kl_low * (1 + tolerance):
+    known = errors if errors is not None else [(0.0, 0.0)] * len(points)
+    rows = sorted(zip(points, known, strict=True))
+    for ((low, score_low, kl_low), noise_low), ((high, score_high, kl_high), noise_high) in itertools.pairwise(rows):
+        pair, nats, gain = f"between β = {low:g} and β = {high:g}", kl_low - kl_high, score_low - score_high
+        scores, kls = (2.0 * math.hypot(*both) for both in zip(noise_low, noise_high, strict=True))
+        least = low * (1 - tolerance) * nats - math.hypot(scores, low * kls)
+        most = high * (1 + tolerance) * nats + math.hypot(scores, high * kls)
+        if nats < -tolerance * kl_low - kls:
             broken.append(f"{pair} K rises from {kl_low:.4g} to {kl_high:.4g}, where a tighter string must lower it")
-        elif not low * (1 - tolerance) <= slope <= high * (1 + tolerance):
-            broken.append(f"{pair} the slope Δr/ΔK is {slope:.4g}, outside [{low:g}, {high:g}]")
+        elif not least <= gain <= most:
+            slope = gain / nats if nats else math.nan
+            more = "" if errors is None else " by more than two standard errors"
+            broken.append(f"{pair} the slope Δr/ΔK is {slope:.4g}, outside [{low:g}, {high:g}]{more}")
     return broken
 
 
