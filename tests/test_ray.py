@@ -11,6 +11,7 @@ import importlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -169,6 +170,24 @@ def test_an_address_from_the_environment_is_named_as_such(monkeypatch: pytest.Mo
     told = r"RAY_ADDRESS is 'http://127\.0\.0\.1:8265'; wanted auto or HOST:PORT"
     with pytest.raises(WorkerError, match=told), ray_cluster.connected(RaySettings()):
         pass
+
+
+def test_a_machine_that_is_no_node_of_the_cluster_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        raise ConnectionError("Failed to connect") from RuntimeError("No node info found")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(WorkerError, match=r"Failed to connect; No node info found\. Make this machine a node of it"):
+        ray_cluster._connect("auto")
+
+
+def test_a_ray_that_asks_for_its_token_says_how_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "…\nray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: Authentication token is missing"
+    monkeypatch.setattr(subprocess, "run", lambda words, **how: subprocess.CompletedProcess(words, 1, "", said))
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with pytest.raises(WorkerError, match=rf"the Ray at {address} asks for its token; set RAY_AUTH_MODE=token"):
+            ray_cluster._look(address)
 
 
 def test_a_cluster_of_another_python_is_told_with_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:

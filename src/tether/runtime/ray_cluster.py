@@ -198,8 +198,8 @@ def _connect(address: str, named: str = KNOB) -> None:
         ray.init(address=address, configure_logging=False, log_to_driver=False)
     except (Exception, SystemExit) as error:
         raise WorkerError(
-            f"no Ray can be used at {address}: {_in_one_line(error)}. Start one (ray start --head) with the same "
-            f"Python and Ray as here, or leave {named} out for one of the run's own"
+            f"no Ray can be used at {address}: {_in_one_line(error)}. Make this machine a node of it (ray start, with "
+            f"the same Python and Ray), send the run there (ray job submit), or leave {named} out for a Ray of its own"
         ) from error
 
 
@@ -226,6 +226,11 @@ def _look(address: str, named: str = KNOB) -> None:
             f"what answers at {named} {address} is no Ray, or one that says nothing for {ASK_SECONDS:g} s; wanted the "
             "head node's port, 6379 by default"
         ) from None
+    if "AuthenticationError" in said.stderr:  # Ray's own clients send a token to no address that is given to them
+        raise WorkerError(
+            f"the Ray at {address} asks for its token; set RAY_AUTH_MODE=token here, with the head's ~/.ray/auth_token "
+            "copied or RAY_AUTH_TOKEN set"
+        )
     if said.returncode:
         raise WorkerError(f"the Ray at {address} cannot be used: {_last_line(said.stderr or said.stdout)}")
 
@@ -240,8 +245,9 @@ def _line(error: BaseException) -> str:
 
 
 def _in_one_line(error: BaseException) -> str:
-    """All of it: where versions differ, Ray says which in the lines after the first."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:500].rstrip(".")
+    """All of it, with its cause: where versions differ, Ray says which in the lines after the first."""
+    told = [" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None]
+    return ("; ".join(told) or type(error).__name__)[:500].rstrip(".")
 
 
 def _last_line(text: str) -> str:
