@@ -21,11 +21,12 @@ from rich.console import Console
 
 from resumable import count_words, left_behind, prefer_short, settings_of, task_of
 from tether import checkpoint
-from tether.batch import Prompt
+from tether.batch import Prompt, Reward
 from tether.checkpoint import Checkpoints
 from tether.config import RunSettings
 from tether.demo import finished_run
 from tether.errors import ConfigError, RunError
+from tether.open_reward import as_reward
 from tether.prompts import PromptSet
 from tether.resuming import fork_run, resume_run
 from tether.session import Judges, Task, train_run
@@ -177,11 +178,15 @@ class Centred:
         self.count, self.total = int(str(state["count"])), float(str(state["total"]))
 
 
-def test_a_reward_with_a_memory_keeps_it(sft: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "given", [lambda reward: reward, as_reward, lambda reward: as_reward({"centred": (reward, 0.5)})],
+    ids=["as it is", "as a function", "in a sum"],
+)  # fmt: skip
+def test_a_reward_with_a_memory_keeps_it(given: Callable[[Centred], Reward], sft: Path, tmp_path: Path) -> None:
     settings = settings_of(evaluation={"every": 4, "prompts": 4})
 
     def task(broken_at: int | None = None) -> Task:
-        return replace(task_of(sft), judges=Judges(Centred(broken_at)))
+        return replace(task_of(sft), judges=Judges(given(Centred(broken_at))))
 
     wanted = left_behind(train_run(task(), settings, tmp_path, "whole", silent()))
     with pytest.raises(PowerCut):

@@ -44,6 +44,8 @@ NAMES = {
 }
 PATIENCE = ("timeout_seconds", "retries")
 """How long a reward is waited for, which changes no score."""
+PASSED_ON = ("checkpoint_state", "restore_state")
+"""What a wrapper hands on of the thing in it, which is looked into as itself."""
 DEPTH = 8
 """How far a reward that is made of others is looked into."""
 
@@ -218,7 +220,7 @@ def _told_by_kind(thing: object, name: str, depth: int) -> str:
     if is_dataclass(thing):
         return f"{name} {_told({one.name: getattr(thing, one.name) for one in fields(thing)}, depth)}"
     everything = getattr(thing, "__dict__", {}).items()
-    public = {key: value for key, value in everything if not key.startswith("_") and key not in PATIENCE}
+    public = {key: value for key, value in everything if not key.startswith("_") and key not in PASSED_ON + PATIENCE}
     return f"{name} {_source(type(thing))} {_told(public, depth)}"
 
 

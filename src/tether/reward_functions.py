@@ -25,6 +25,8 @@ NOTICE_SECONDS = 60.0
 SEARCH_SECONDS = 2.0
 """The longest search for the row that a function fails on."""
 RESPONSES = ("responses", "completions")
+REMEMBERS = ("checkpoint_state", "restore_state")
+"""Methods of a reward that has a memory."""
 
 
 class FunctionReward:
@@ -43,6 +45,9 @@ class FunctionReward:
             raise InputError(f"timeout_seconds is {timeout_seconds}; wanted seconds above 0, or None")
         self.function, self.timeout_seconds = function, timeout_seconds
         self.name = name or name_of(function)
+        for passed in REMEMBERS:  # an object that a run goes on with from where it was (`snapshot.py:Stateful`)
+            if hasattr(function, passed):
+                setattr(self, passed, getattr(function, passed))
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
         """What `scored` gives and raises."""

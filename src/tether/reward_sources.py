@@ -48,6 +48,16 @@ class Joined(ABC):
     def join(self, given: Mapping[str, Scores]) -> Scores:
         """What the parts gave, as one."""
 
+    def checkpoint_state(self) -> Mapping[str, object]:
+        """Of those parts that have a memory, by name (`snapshot.py:Stateful`)."""
+        return {name: part.checkpoint_state() for name, part in self.parts.items() if hasattr(part, "checkpoint_state")}
+
+    def restore_state(self, state: Mapping[str, object]) -> None:
+        """The inverse of `checkpoint_state`."""
+        for name, part in self.parts.items():
+            if name in state and hasattr(part, "restore_state"):
+                part.restore_state(state[name])
+
     def judge_rollout(self, rollout: Rollout) -> Scores:
         """Every part asked about the rollout, in the fullest way that it can answer."""
         return self.join({name: judge(part, rollout) for name, part in self.parts.items()})
