@@ -72,7 +72,7 @@ page: setup  ## build the page that tether ui serves, from web/
 
 browser: page  ## the page in a real Chromium: Debian's package chromium and pip's playwright
 	cd web && npm run check && npm run test
-	$(BIN)/python -m pytest -m browser tests/test_web_browser.py tests/test_web_buttons.py
+	$(BIN)/python -m pytest -m browser tests/test_web_browser.py tests/test_web_buttons.py tests/test_web_keys.py tests/test_web_tabs.py
 
 ray: setup  ## workers on a Ray of this machine: equal to one process, killed, refused
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'

@@ -341,10 +341,13 @@ def test_the_stream_goes_on_after_the_network_was_away(browser: Any, tmp_path: P
             chart = page.locator("figure:has(canvas)").first
             chart.locator("summary").click()
             until(page, lambda: chart.locator("tbody tr").count() == 11)
-            rows = [row.split("\t") for row in chart.locator("tbody tr").all_inner_texts()]
             steps = [int(i * last / 10 + 0.5) for i in range(11)]  # a gap or a double would shift them
-            assert [int(row[0]) for row in rows] == steps
-            told = [float(row[1].replace("−", "-")) for row in rows]
+
+            def rows() -> list[list[str]]:
+                return [row.split("\t") for row in chart.locator("tbody tr").all_inner_texts()]
+
+            until(page, lambda: [int(row[0]) for row in rows()] == steps)  # the last one is drawn a frame later
+            told = [float(row[1].replace("−", "-")) for row in rows()]
             assert told == pytest.approx([numbers(step, 0.2)["score/mean"] for step in steps], abs=0.01)
     finally:
         trainer.done.set()

@@ -22,5 +22,6 @@ export default defineConfig({
   },
   server: { proxy: { '/api': 'http://127.0.0.1:8765' } },
   resolve: process.env['VITEST'] ? { conditions: ['browser'] } : {},
-  test: { include: ['tests/**/*.test.ts'], environment: 'node' },
+  // A busy machine makes nothing wrong: what is tested is seeded and of a length of its own.
+  test: { include: ['tests/**/*.test.ts'], environment: 'node', testTimeout: 120_000 },
 })

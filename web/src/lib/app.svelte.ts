@@ -112,8 +112,14 @@ class App {
     const views = wanted.map((id) => this.open[id]).filter((view): view is RunView => !!view?.cursor)
     this.stream = openStream(this.stream, views, {
       heard: (event, data) => this.heard(event, data),
-      up: () => (this.connection = 'live'),
-      down: () => (this.connection = 'lost'),
+      up: () => {
+        if (this.connection === 'lost') this.say('The server answers again.')
+        this.connection = 'live'
+      },
+      down: () => {
+        if (this.connection === 'live') this.say('the server is away; training is not. Trying again …')
+        this.connection = 'lost'
+      },
     })
   }
 
@@ -146,6 +152,7 @@ function hear(view: RunView, event: string, data: Record<string, unknown>): void
       break
     case 'samples':
       view.sampleStep = { ...view.sampleStep, [of<string>('split')]: of<number>('step') }
+      if (of<string>('split') === 'probe') view.heardProbes()
       break
     case 'heartbeat':
       view.heardHeartbeat(of('state'), of('heartbeat'), of('update_seconds'))

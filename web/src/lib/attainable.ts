@@ -16,6 +16,7 @@ export interface Attainable {
 /** From the server's table, by interpolation in log β; β = 0 is its smallest β. */
 export function fromTable(table: GhostTable): Attainable[] {
   const logs = table.betas.map(Math.log)
+  const maybe = table.solid.some(Boolean)
   return Array.from({ length: POSITIONS + 1 }, (_, position) => {
     const beta = betaAt(position)
     const z = Math.log(Math.max(beta, table.betas[0] ?? 1))
@@ -24,7 +25,7 @@ export function fromTable(table: GhostTable): Attainable[] {
     const share = Math.min(1, Math.max(0, (z - logs[i]!) / (logs[i + 1]! - logs[i]!)))
     const mix = (column: number[]) => column[i]! * (1 - share) + column[i + 1]! * share
     const ess = mix(table.ess)
-    return { beta, gain: mix(table.gain), kl: mix(table.kl), ess, solid: !['gaussian', 'start'].includes(table.source) && ess >= SOLID_ESS }
+    return { beta, gain: mix(table.gain), kl: mix(table.kl), ess, solid: maybe && ess >= SOLID_ESS }
   })
 }
 

@@ -84,7 +84,13 @@ export class RunView {
   }
 
   async loadGhost(): Promise<void> {
-    this.ghost = await this.source.get<GhostTable>(this.path('/ghost')).catch(() => null)
+    const ghost = await this.source.get<GhostTable>(this.path('/ghost')).catch(() => null)
+    if (ghost) this.ghost = ghost
+  }
+
+  /** A run that had just begun when it was opened has its bank and its first replies by now. */
+  heardProbes(): void {
+    if (!['bank', 'pooled'].includes(this.ghost?.source ?? '')) void this.loadGhost()
   }
 
   async loadVerdict(): Promise<void> {
@@ -217,6 +223,15 @@ export class RunView {
   /** Score gained over the start, a mean of the last few updates. */
   gain(name = 'score/mean', recent = this.window): number {
     return this.curve(name).recent(recent) - this.startOf(name)
+  }
+
+  /** Where a score went over the drift: at most 60 places, each a mean of the updates around it. */
+  trail(name: string): { gain: number; kl: number }[] {
+    const score = this.curve(name), kl = this.curve('kl/mean'), start = this.startOf(name)
+    const stride = Math.max(1, Math.ceil(score.length / 60))
+    return Array.from({ length: Math.ceil(score.length / stride) }, (_, i) => ({
+      gain: score.around(i * stride) - start, kl: Math.max(0, kl.around(i * stride)),
+    }))
   }
 
   get kl(): number {
