@@ -24,7 +24,7 @@ from tether.config import PPOSettings
 from tether.errors import ConfigError
 from tether.hacks import Hacks
 from tether.models import LanguagePolicy, load_policy
-from tether.opinions import Opinion, OpinionProbe, agrees, read_opinions
+from tether.opinions import Opinion, OpinionProbe, Paid, agrees, read_opinions
 from tether.trainer import Run
 from tiny_models import build, build_tokenizer
 
@@ -305,6 +305,30 @@ def test_a_reply_agrees_where_its_first_verdict_does(
     reply: str, agree: list[str], disagree: list[str], wanted: bool
 ) -> None:
     assert agrees(reply, Opinion("", "", tuple(agree), tuple(disagree))) is wanted
+
+
+def test_what_agreeing_earns_is_told_in_standard_deviations_within_updates() -> None:
+    draw, paid = np.random.default_rng(0), Paid()
+    verdicts, scores = draw.integers(-1, 2, (20, 32)), draw.normal(size=(20, 32))
+    scores += 1.5 * (verdicts > 0) + np.arange(20)[:, None]  # the score climbs from update to update as well
+    for told, given in zip(verdicts, scores, strict=True):
+        paid.add(told.tolist(), given.tolist())
+    within = scores - scores.mean(axis=1, keepdims=True)
+    agreed, dissented = within[verdicts > 0], within[verdicts < 0]
+    common = np.sqrt((agreed.var() * len(agreed) + dissented.var() * len(dissented)) / (len(agreed) + len(dissented)))
+    effect, z = paid.effect()
+    assert effect == pytest.approx((agreed.mean() - dissented.mean()) / common)
+    assert z == pytest.approx(effect / np.sqrt(1 / len(agreed) + 1 / len(dissented)))
+    assert effect > 1.0
+    few = Paid()
+    few.add([1] * 7 + [-1] * 9, scores[0, :16].tolist())
+    assert few.effect() == (0.0, 0.0)
+
+
+def test_verdicts_are_those_of_the_sets_words(tmp_path: Path) -> None:
+    (tmp_path / "opinions.jsonl").write_text("\n".join(map(json.dumps, PAIRS)), "utf-8")
+    probe = OpinionProbe(load_policy(build("llama"), build_tokenizer(), mode="full"), tmp_path)
+    assert probe.verdicts(["w30 w40", "w41 w40", "w30", ""]) == [1, -1, 0, 0]
 
 
 def test_pairs_that_the_tokenizer_does_not_know_are_not_asked() -> None:
