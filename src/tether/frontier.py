@@ -3,7 +3,8 @@
     samples of the first evaluation ──reweighted by e^{r/β}──▶ (E[r], K) of the optimum at β, and how far to trust it
 
 π* = π_ref·e^{r/β}/Z, so w ∝ e^{r/β} on samples of the reference makes samples of the optimum. The prompts are taken
-together, as if each had the same spread of scores. Knows numpy alone. Read next: `verdict.py`.
+together, as if each had the same spread of scores. `chord_bounds`: how far the optima of two strings may be apart.
+Knows numpy alone. Read next: `verdict.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from tether.store import RunStore
 
 TRUSTED = 20.0
 """Effective samples below which a ghost says nothing."""
+
+
+def chord_bounds(
+    low: float, high: float, nats: float, kl_error: float = 0.0, gain_error: float = 0.0
+) -> tuple[float, float]:
+    """Least and most gain between the optima of two strings β = `low` < `high` that lie `nats` of K apart.
+
+    β_low·ΔK ≤ Δr ≤ β_high·ΔK, each side widened by the errors of ΔK and Δr.
+    """
+    least, most = (beta * nats for beta in (low, high))
+    return least - math.hypot(gain_error, low * kl_error), most + math.hypot(gain_error, high * kl_error)
 
 
 @dataclass(frozen=True)

@@ -166,12 +166,11 @@ class Hacks:
     def _dependence_rows(self) -> int:
         return DEPENDENCE_ROWS_SMALL if 0 < _size(self.run) < SMALL else DEPENDENCE_ROWS
 
-    def _open_opinions(self, prompts: Prompts) -> OpinionProbe:
+    def _open_opinions(self, prompts: Prompts) -> None:
         knobs, texts = self.run.settings, [plain_text(prompt) for prompt in prompts.texts]
-        self._opinions = OpinionProbe(self.run.policy, self.folder, texts, knobs.seed, knobs.sampling.temperature)
-        if self._restored_margins:
-            self._opinions.start = self._restored_margins
-        return self._opinions
+        self._opinions = OpinionProbe(
+            self.run.policy, self.folder, texts, knobs.seed, knobs.sampling.temperature, self._restored_margins
+        )
 
     def _agree(self, numbers: dict[str, float], prompts: Prompts, step: int) -> Iterator[Sign]:
         if self._opinions is None:

@@ -98,20 +98,20 @@ class OpinionProbe:
 
     def __init__(
         self, policy: object, folder: Path | None = None, prompts: Sequence[str] = (), seed: int = 0,
-        temperature: float = 1.0,
+        temperature: float = 1.0, start: Sequence[float] = (),
     ) -> None:  # fmt: skip
-        """`prompts`: some of the run's own, whose language is asked in."""
+        """`prompts`: some of the run's own, whose language is asked in. `start`: what its first probe found."""
         self._policy = policy if isinstance(policy, LanguagePolicy) else None
         self._seed, self._temperature = seed, temperature
         self._opinions = () if self._policy is None else _known(self._policy.tokenizer, folder, prompts)
-        self.start: list[float] = []
+        self.start: list[float] = list(start)
         """The margins at the start, those of the user's opinions first; then the chances that a reply to these begins
         with agreement, and the shares of written ones that agree.
         """
         if self._opinions and self._policy is not None:
             asked = [each.own for each in self._opinions] + [each.control for each in self._opinions]
             self._ids = encode(tuple(asked), self._policy.tokenizer)
-            self.start = torch.cat([*self._margins(), self._written(0, REPLIES_AT_START)]).tolist()
+            self.start = self.start or torch.cat([*self._margins(), self._written(0, REPLIES_AT_START)]).tolist()
 
     def ask(self, step: int) -> Agreement | None:
         """How the margins have moved; None where no pair can be asked. `step` names the replies' random numbers."""
@@ -160,9 +160,10 @@ class OpinionProbe:
         """Of each reply 1 where it agrees first, −1 where it dissents first, 0 where it does neither."""
         if not self._opinions:
             return [0] * len(replies)
-        words = [tuple({word for one in self._opinions for word in side(one)}) for side in (_agreeing, _dissenting)]
-        one, other = Opinion("", "", *words), Opinion("", "", *words[::-1])
-        return [int(agrees(reply, one)) - int(agrees(reply, other)) for reply in replies]
+        agree, disagree = (
+            tuple({word for one in self._opinions for word in getattr(one, side)}) for side in ("agree", "disagree")
+        )
+        return [_verdict(reply, agree, disagree) for reply in replies]
 
     @torch.no_grad()
     def _written(self, step: int, replies: int) -> Float[Tensor, "own"]:
@@ -231,16 +232,13 @@ def agrees(reply: str, opinion: Opinion) -> bool:
     >>> agrees("Dear friend, yes: no doubt.", fox), agrees("I know. No, yes?", fox), agrees("Well.", fox)
     (True, False, False)
     """
-    places = [_first_place(reply, words) for words in (opinion.agree, opinion.disagree)]
-    return places[0] < places[1]
+    return _verdict(reply, opinion.agree, opinion.disagree) > 0
 
 
-def _agreeing(opinion: Opinion) -> tuple[str, ...]:
-    return opinion.agree
-
-
-def _dissenting(opinion: Opinion) -> tuple[str, ...]:
-    return opinion.disagree
+def _verdict(reply: str, agree: Sequence[str], disagree: Sequence[str]) -> int:
+    """1 where a word of agreement comes first in the reply, −1 where one of dissent does, 0 where neither stands."""
+    yes, no = _first_place(reply, agree), _first_place(reply, disagree)
+    return (yes < no) - (no < yes)
 
 
 def _first_place(reply: str, words: Sequence[str]) -> float:

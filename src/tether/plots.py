@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tether.database import complaints
 from tether.errors import InputError
+from tether.frontier import chord_bounds
 from tether.store import RunStore
 
 SMOOTHING = 20
@@ -121,8 +122,8 @@ class Chord:
         loose, tight = self.loose, self.tight
         nats, gain = loose.kl - tight.kl, loose.gain - tight.gain
         kls, gains = 2.0 * math.hypot(loose.kl_se, tight.kl_se), 2.0 * math.hypot(loose.gain_se, tight.gain_se)
-        least, most = loose.beta * nats - math.hypot(gains, loose.beta * kls), tight.beta * nats
-        return nats > -kls and least <= gain <= most + math.hypot(gains, tight.beta * kls)
+        least, most = chord_bounds(loose.beta, tight.beta, nats, kls, gains)
+        return nats > -kls and least <= gain <= most
 
 
 def moving_mean(values: NDArray[np.floating]) -> NDArray[np.floating]:

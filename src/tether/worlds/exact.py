@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from tether.batch import Evaluation, Generation, Prompt, Prompts, ReferenceEvaluation, Sequences, plain_text
 from tether.errors import InputError
+from tether.frontier import chord_bounds
 from tether.numerics import entropy, full_kl, selected_logprobs
 from tether.streams import stream
 
@@ -169,8 +170,7 @@ def chord_law(
     for ((low, score_low, kl_low), noise_low), ((high, score_high, kl_high), noise_high) in itertools.pairwise(rows):
         pair, nats, gain = f"between β = {low:g} and β = {high:g}", kl_low - kl_high, score_low - score_high
         scores, kls = (2.0 * math.hypot(*both) for both in zip(noise_low, noise_high, strict=True))
-        least = low * (1 - tolerance) * nats - math.hypot(scores, low * kls)
-        most = high * (1 + tolerance) * nats + math.hypot(scores, high * kls)
+        least, most = chord_bounds(low * (1 - tolerance), high * (1 + tolerance), nats, kls, scores)
         if nats < -tolerance * kl_low - kls:
             broken.append(f"{pair} K rises from {kl_low:.4g} to {kl_high:.4g}, where a tighter string must lower it")
         elif not least <= gain <= most:
