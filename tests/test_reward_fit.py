@@ -10,8 +10,10 @@ import torch
 
 from tether import reward_fit
 from tether.compared import Compared, compare
+from tether.config import UpdateSettings
 from tether.data import read_preferences
 from tether.errors import InputError
+from tether.optimiser import Optimiser
 from tether.preferences import Pairs
 from tether.reward_fit import RewardTraining, fit
 from tether.reward_model import RewardModel
@@ -135,22 +137,30 @@ def test_the_steps_that_were_best_are_made_again_on_all_pairs(monkeypatch: pytes
 
 
 def test_another_rate_is_tried_where_a_bag_of_words_does_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(run: reward_fit._Run, _: Compared) -> float:
-        return 0.3 if run.rate == 3e-3 else 0.6
+    """The log-loss of the pairs set aside is fed in: three times the rate is the best of all."""
+    rates: list[float] = []
 
-    monkeypatch.setattr(reward_fit._Run, "look", look)
+    class Noting(Optimiser):
+        def __init__(self, groups: dict[str, list[torch.nn.Parameter]], settings: UpdateSettings) -> None:
+            super().__init__(groups, settings)
+            rates.append(self.adam.param_groups[0]["lr"])
+
+    monkeypatch.setattr(reward_fit, "Optimiser", Noting)
+    monkeypatch.setattr(reward_fit._Run, "look", lambda *_: 0.3 if rates[-1] == 3e-3 else 0.6)
     monkeypatch.setattr(reward_fit, "_log_loss", lambda *_: 0.2)
-    for floor, rate, steps in ((0.1, 3e-3, 3 * 8), (0.5, 3e-3, 2 * 8), (0.7, 1e-3, 8)):
+    slow, usual, fast = 1e-3 / 3, 1e-3, 3e-3
+    for floor, tried, best in ((0.1, [usual, fast, slow], fast), (0.5, [usual, fast], fast), (0.7, [usual], usual)):
         monkeypatch.setattr(reward_fit, "_floor", lambda *_, floor=floor: floor)
+        rates.clear()
         told: list[int] = []
         chosen = fit(
             *started(keyword_pairs(40)), replace(CHOSEN, epochs=1), lambda done, *_, told=told: told.append(done)
         )
         assert chosen is not None
-        assert (chosen.chosen_rate, chosen.validation_floor) == (rate, floor)
-        assert told[steps - 1] == steps
+        assert (chosen.chosen_rate, chosen.validation_floor) == (best, floor)
+        assert rates == pytest.approx([*tried, best])  # the last is that of the steps on all pairs
         assert told == list(range(1, len(told) + 1))
-        assert len(told) < steps + 10  # and the steps on all pairs
+        assert len(tried) * 8 <= len(told) < len(tried) * 8 + 10
 
 
 def test_a_second_training_that_went_astray_is_left_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

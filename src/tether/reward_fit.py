@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 import torch
@@ -105,11 +104,9 @@ def fit(reward: RewardModel, compared: Compared, knobs: RewardTraining, progress
     if knobs.validation and len(compared.pairs.units) >= FEWEST_GROUPS:
         chosen = _fit_chosen(reward, compared, knobs, batches, progress)
     else:
-        run = _Run(reward, compared, knobs, "linear")
-        for step, batch in enumerate(batches):
-            loss = run.step(batch, step / len(batches))
-            if progress is not None:
-                progress(step + 1, len(batches), loss)
+        run = _Run(reward, compared, knobs, _after(0, len(batches), progress), falls_over=len(batches))
+        for batch in batches:
+            run.step(batch)
     reward.model.requires_grad_(False)
     return chosen
 
@@ -134,11 +131,10 @@ def _fit_chosen(
             break
     _put(reward.trainable(), start)
     steps = max(1, round(best.steps * len(batches) / len(trial)))
-    run = _Run(reward, compared, replace(knobs, learning_rate=best.rate), "constant")
-    for step, batch in enumerate(islice(batches, steps), start=1):
-        loss = run.step(batch)
-        if progress is not None:
-            progress(best.tried + step, best.tried + steps, loss)
+    tell = _after(best.tried, best.tried + steps, progress)
+    run = _Run(reward, compared, replace(knobs, learning_rate=best.rate), tell)
+    for batch in batches[:steps]:
+        run.step(batch)
     _put(reward.trainable(), run.mean)
     kept = _log_loss(reward, aside) > best.loss
     if kept:
@@ -169,23 +165,21 @@ def _best_steps(
     progress: Progress | None,
 ) -> _Best:
     """The best of this training and of those before."""
-    run = _Run(reward, learned, knobs, "constant")
+    run = _Run(reward, learned, knobs, _after(before.tried, before.tried + 2 * len(batches), progress))
     every = max(STEPS_BETWEEN_LOOKS, len(batches) // (knobs.epochs * LOOKS_A_PASS))
-    best, lowest, own, step = before, float("inf"), 0, 0
-    for step, batch in enumerate(batches, start=1):
-        loss = run.step(batch)
-        if progress is not None:
-            progress(before.tried + step, before.tried + 2 * len(batches), loss)
-        if step % every and step < len(batches):
+    best, lowest, own = before, float("inf"), 0
+    for batch in batches:
+        run.step(batch)
+        if run.steps % every and run.steps < len(batches):
             continue
         now = run.look(aside)
         if now < lowest - GAIN:
-            lowest, own = now, step
+            lowest, own = now, run.steps
             if now < best.loss or not best.steps:
-                best = _Best(step, now, _copy(run.mean), 0, knobs.learning_rate)
-        elif step >= max(PATIENT_STEPS, FURTHER * own):
+                best = _Best(run.steps, now, _copy(run.mean), 0, knobs.learning_rate)
+        elif run.steps >= max(PATIENT_STEPS, FURTHER * own):
             break
-    return replace(best, tried=before.tried + step)
+    return replace(best, tried=before.tried + run.steps)
 
 
 def _floor(learned: Compared, aside: Compared) -> float:
@@ -193,31 +187,54 @@ def _floor(learned: Compared, aside: Compared) -> float:
     return float(np.logaddexp(0.0, -word_margins(learned.pairs, aside.pairs)).mean())
 
 
-class _Run:
-    """Adam's steps on one model, and the running mean of its weights."""
+def _after(before: int, total: int, progress: Progress | None) -> Callable[[int, float], None]:
+    """Who hears of a training's steps and losses, where so many steps were made before it, of so many in all."""
 
-    def __init__(self, reward: RewardModel, compared: Compared, knobs: RewardTraining, schedule: str) -> None:
-        rates = {"learning_rate": knobs.learning_rate, "schedule": schedule}
-        settings = UpdateSettings(adam_epsilon=ADAM_EPSILON, max_grad_norm=MAX_GRAD_NORM, **rates)
-        self._reward, self._compared, self._averaged = reward, compared, schedule == "constant"
-        self._weights, self.rate = reward.trainable(), knobs.learning_rate
+    def tell(step: int, loss: float) -> None:
+        if progress is not None:
+            progress(before + step, total, loss)
+
+    return tell
+
+
+class _Run:
+    """Adam's steps on one model, at a rate that falls to 0 over so many, or stays; then with a running mean of the
+    weights.
+    """
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        compared: Compared,
+        knobs: RewardTraining,
+        tell: Callable[[int, float], None],
+        *,
+        falls_over: int | None = None,
+    ) -> None:
+        settings = UpdateSettings(
+            learning_rate=knobs.learning_rate, schedule="linear" if falls_over else "constant",
+            adam_epsilon=ADAM_EPSILON, max_grad_norm=MAX_GRAD_NORM,
+        )  # fmt: skip
+        self._reward, self._compared, self._tell, self._falls_over = reward, compared, tell, falls_over
+        self._weights = reward.trainable()
         self._optimiser = Optimiser({"reward": self._weights}, settings)
         self._horizon = max(STEPS_BETWEEN_LOOKS, len(compared.pairs) / knobs.batch_pairs / LOOKS_A_PASS)
         self.mean: list[Tensor] = []
-        self._steps = 0
+        self.steps = 0
 
-    def step(self, batch: list[list[int]], done: float = 0.0) -> float:
-        """One step on these groups of pairs, after this share of all; returns its loss."""
-        self._optimiser.set_progress(done)
+    def step(self, batch: list[list[int]]) -> None:
+        """One step on these groups of pairs."""
+        if self._falls_over is not None:
+            self._optimiser.set_progress(self.steps / self._falls_over)
         loss = _accumulate(self._reward, self._compared, batch, self._optimiser)
         norm = self._optimiser.gradient_norm()
         if not bool(torch.isfinite(norm)):
-            raise NonFiniteError(f"the gradient of step {self._steps} is {float(norm)}; lower the learning rate")
+            raise NonFiniteError(f"the gradient of step {self.steps} is {float(norm)}; lower the learning rate")
         self._optimiser.step(norm)
-        self._steps += 1
-        if self._averaged:
+        self.steps += 1
+        if self._falls_over is None:
             self._average()
-        return loss
+        self._tell(self.steps, loss)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -225,7 +242,7 @@ class _Run:
         masters = self._optimiser.masters["reward"]
         if not self.mean:
             self.mean = _copy(masters)
-        share = max(2.0 / (self._steps + 1), 1.0 / self._horizon)
+        share = max(2.0 / (self.steps + 1), 1.0 / self._horizon)
         for mean, master in zip(self.mean, masters, strict=True):
             mean.lerp_(master, share)
 

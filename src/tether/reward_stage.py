@@ -36,6 +36,8 @@ STANDARD_ERRORS = 3.0
 
 Progress = Callable[[str, int, int, float], None]
 """Called after each step with "reward" or "holdout", steps done, steps in all, and the loss in nats per pair."""
+Replies = tuple[Sequence[Prompt], Sequence[str]]
+"""Prompts, and the reference's reply to each."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def learn_preferences(
     tokenizer: PreTrainedTokenizerBase | None = None,
     heldout: float = 0.2,
     holdout: bool = False,
-    reference: tuple[Sequence[Prompt], Sequence[str]] | None = None,
+    reference: Replies | None = None,
     dtype: Precision = "auto",
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -128,30 +130,40 @@ def learn_preferences(
     Raises InputError where there are too few pairs or reference samples, a text is too long, or a share is out of
     bounds, ModelError where `base` does not fit, NonFiniteError where a gradient is not finite.
     """
-    if reference is not None and len(set(zip(map(repr, reference[0]), reference[1], strict=True))) < 2:
+    if reference is not None:
+        _require_several(reference)
+    data = report_on_pairs(pairs)
+    options = asdict(settings) | {"tokenizer": tokenizer, "dtype": dtype, "device": device}
+    if not holdout:
+        learned, measured = split_off(pairs, heldout, settings.seed)
+        told = progress and partial(progress, "reward")
+        model = train_reward_model(learned, base, progress=told, **options)
+        worth = report_on(model, measured, trained_on=learned)
+        return LearnedReward(_normalised(model, worth, pairs, reference), worth, data)
+
+    def one_done(model: RewardModel, worth: RewardReport) -> None:
+        if finished is not None:
+            finished(LearnedReward(model, worth, data))
+
+    two = train_two(pairs, base, reference=reference, progress=progress, finished=one_done, **options)
+    return LearnedReward(two.reward, two.reward_report, data, two.holdout, two.holdout_report)
+
+
+def _normalised(model: RewardModel, worth: RewardReport, pairs: Pairs, reference: Replies | None) -> RewardModel:
+    """The model on the scale of the reference's replies, else of all responses of the pairs, with its report."""
+    prompts, replies = reference or ((*pairs.prompts, *pairs.prompts), (*pairs.chosen, *pairs.rejected))
+    model = model.normalised_on(model.raw_scores(prompts, replies))
+    source = "given" if reference else "the responses of all pairs"
+    return model.described(role="reward", reference_source=source, report=worth.as_dict())
+
+
+def _require_several(reference: Replies) -> None:
+    """Raise InputError where the replies have no standard deviation that a score could be divided by."""
+    if len(set(zip(map(repr, reference[0]), reference[1], strict=True))) < 2:
         raise InputError(
             f"got {len(reference[1])} reference samples, none different from the others; wanted several, on which the "
             "score gets mean 0 and standard deviation 1: more samples, or none for the responses of the pairs"
         )
-    report = report_on_pairs(pairs)
-    options = asdict(settings) | {"tokenizer": tokenizer, "dtype": dtype, "device": device}
-    if holdout:
-
-        def one_done(model: RewardModel, worth: RewardReport) -> None:
-            if finished is not None:
-                finished(LearnedReward(model, worth, report))
-
-        two = train_two(pairs, base, reference=reference, progress=progress, finished=one_done, **options)
-        return LearnedReward(two.reward, two.reward_report, report, two.holdout, two.holdout_report)
-    learned, measured = split_off(pairs, heldout, settings.seed)
-    told = progress and partial(progress, "reward")
-    model = train_reward_model(learned, base, progress=told, **options)
-    worth = report_on(model, measured, trained_on=learned)
-    prompts, replies = reference or ((*pairs.prompts, *pairs.prompts), (*pairs.chosen, *pairs.rejected))
-    model = model.normalised_on(model.raw_scores(prompts, replies))
-    source = "given" if reference else "the responses of all pairs"
-    model = model.described(role="reward", reference_source=source, report=worth.as_dict())
-    return LearnedReward(model, worth, report)
 
 
 def split_off(pairs: Pairs, share: float, seed: int) -> tuple[Pairs, Pairs]:

@@ -88,29 +88,25 @@ def train_two(
     `finished` is called with each model as soon as it is measured and normalised.
     Raises what `split_halves`, `train_reward_model` and `RewardModel.normalised_on` raise.
     """
-    places = halves(pairs, seed)
-    seeds = (seed, seed + 1)
-    first, second = (
-        untrained(base, tokenizer, top_layers=top_layers, seed=own, dtype=dtype, device=device) for own in seeds
-    )
+    parts, seeds = halves(pairs, seed), (seed, seed + 1)
+    models = [untrained(base, tokenizer, top_layers=top_layers, seed=own, dtype=dtype, device=device) for own in seeds]
     # One trunk under both: what the first computes serves the second.
-    every = compare(first, pairs)
-    samples = first.prepare(*reference) if reference else None
-    models, reports = [], []
-    for number, (role, reward) in enumerate((("reward", first), ("holdout", second))):
+    every = compare(models[0], pairs)
+    samples = models[0].prepare(*reference) if reference else None
+    made = []
+    for number, role in enumerate(("reward", "holdout")):
         knobs = RewardTraining(top_layers, epochs, learning_rate, batch_pairs, seeds[number], validation)
-        learned, unseen = every.take(places[number]), every.take(places[1 - number])
-        model = _fitted(reward, learned, base, knobs, progress and partial(progress, role))
-        model, report = _measured(model, every, learned, unseen, samples)
-        models.append(model.described(role=role, report=report.as_dict()))
-        reports.append(report)
+        learned, unseen = every.take(parts[number]), every.take(parts[1 - number])
+        model = _fitted(models[number], learned, base, knobs, progress and partial(progress, role))
+        made.append(_measured(model, role, every, learned, unseen, samples))
         if finished is not None:
-            finished(models[-1], report)
-    return TwoRewardModels(models[0], models[1], reports[0], reports[1])
+            finished(*made[-1])
+    (reward, report), (holdout, other_report) = made
+    return TwoRewardModels(reward, holdout, report, other_report)
 
 
 def _measured(
-    model: RewardModel, every: Compared, learned: Compared, unseen: Compared, samples: Encoded | None
+    model: RewardModel, role: str, every: Compared, learned: Compared, unseen: Compared, samples: Encoded | None
 ) -> tuple[RewardModel, RewardReport]:
     """What it is worth on the comparisons it has not seen, and itself normalised on the samples or on all responses."""
     raw = model.score_encoded(every.every)
@@ -118,7 +114,8 @@ def _measured(
         raw[list(unseen.chosen)], raw[list(unseen.rejected)], heldout=unseen.pairs, trained_on=learned.pairs
     )
     model = model.normalised_on(raw if samples is None else model.score_encoded(samples))
-    return model.described(reference_source="the responses of all pairs" if samples is None else "given"), report
+    source = "the responses of all pairs" if samples is None else "given"
+    return model.described(reference_source=source, role=role, report=report.as_dict()), report
 
 
 def untrained(
