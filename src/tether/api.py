@@ -97,26 +97,19 @@ def train(
     Returns the run: `.save_pretrained(folder)`, `.policy`, `.metrics(name)`, `.folder`. Raises ConfigError with all
     faults of the knobs together, InputError, ModelError, RewardError or RunError where something cannot be used.
     """
-    names = [report_to] if isinstance(report_to, str) else list(report_to)
-    brought = Brought(
-        model=policy if isinstance(policy, PreTrainedModel) else None, tokenizer=tokenizer, reward=_object(reward),
-        prompts=_object(prompts), heldout=_object(heldout), judge=_object(judge), holdout=_object(holdout),
-        trackers=tuple(tracker for tracker in names if not isinstance(tracker, str)),
-    )  # fmt: skip
-    said = {"beta": beta, "steps": steps, "policy": None if brought.model else policy and str(policy)}
-    overrides = [(key, value) for key, value in said.items() if value is not None] + list(knobs.items())
-    overrides += _named(
-        {"prompts": prompts, "heldout": heldout}, {"reward": reward, "judge": judge, "holdout": holdout}
-    )
-    if len(names) > len(brought.trackers):
-        overrides.append(("report_to", [name for name in names if isinstance(name, str)]))
-    settings, notes = read_settings(_tree(recipe), overrides, "tether.train")
+    given = _Given(policy, reward, prompts, tokenizer, heldout, judge, holdout, report_to)
+    settings, notes = read_settings(_tree(recipe), given.overrides(beta, steps, knobs), "tether.train")
+    return _begin(settings, notes, given.brought, name, Path(root), quiet)
+
+
+def _begin(
+    settings: RunSettings, notes: Sequence[str], brought: Brought, name: str | None, root: Path, quiet: bool
+) -> TrainedRun:
     require_complete(settings, brought)
     console = Console(quiet=True) if quiet else console_for_output()
     for note in notes:
         console.print(note, soft_wrap=True)
-    chosen = free_name(Path(root), name or time.strftime("run-%Y%m%d-%H%M%S"))
-    return carry_out(settings, Path(root), chosen, console, brought)
+    return carry_out(settings, root, free_name(root, name or time.strftime("run-%Y%m%d-%H%M%S")), console, brought)
 
 
 def carry_out(
@@ -138,20 +131,52 @@ def carry_out(
     return TrainedRun(folder, settings, brought)
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What `train` was given as an object, which only Python can hand over, or by name, which the settings keep."""
+
+    policy: str | Path | PreTrainedModel | None
+    reward: object | None
+    prompts: object | None
+    tokenizer: PreTrainedTokenizerBase | None
+    heldout: object | None
+    judge: object | None
+    holdout: object | None
+    report_to: Sequence[object] | str
+
+    @property
+    def brought(self) -> Brought:
+        """The objects."""
+        return Brought(
+            model=self.policy if isinstance(self.policy, PreTrainedModel) else None, tokenizer=self.tokenizer,
+            reward=_object(self.reward), prompts=_object(self.prompts), heldout=_object(self.heldout),
+            judge=_object(self.judge), holdout=_object(self.holdout),
+            trackers=tuple(tracker for tracker in self._trackers if not isinstance(tracker, str)),
+        )  # fmt: skip
+
+    def overrides(self, beta: float | None, steps: int | None, knobs: Mapping[str, object]) -> list[tuple[str, object]]:
+        """The names as knobs beside the others: the run can then be gone on with and evaluated by command."""
+        policy = None if self.policy is None or isinstance(self.policy, PreTrainedModel) else str(self.policy)
+        said = {"beta": beta, "steps": steps, "policy": policy}
+        found: list[tuple[str, object]] = [(key, value) for key, value in said.items() if value is not None]
+        found += knobs.items()
+        for name, data in (("prompts", self.prompts), ("heldout", self.heldout)):
+            if isinstance(data, str | Path):
+                found.append((f"data.{name}", str(data)))
+        for name, judge in (("reward", self.reward), ("judge", self.judge), ("holdout", self.holdout)):
+            if isinstance(judge, str | Path):
+                found += [(f"{name}.source", str(judge)), (f"{name}.parts", {}), (f"{name}.ensemble", ())]
+        names = [tracker for tracker in self._trackers if isinstance(tracker, str)]
+        return [*found, ("report_to", names)] if names else found
+
+    @property
+    def _trackers(self) -> list[object]:
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+
+
 def _object(given: object | None) -> object | None:
-    """What only Python can hand over; None where it is a name, which the run's settings keep."""
+    """What is no name."""
     return None if isinstance(given, str | Path) else given
-
-
-def _named(data: Mapping[str, object], judges: Mapping[str, object]) -> list[tuple[str, object]]:
-    """What was given by name, as knobs: the run can then be gone on with and evaluated by command."""
-    found: list[tuple[str, object]] = [
-        (f"data.{name}", str(given)) for name, given in data.items() if isinstance(given, str | Path)
-    ]
-    for name, given in judges.items():
-        if isinstance(given, str | Path):
-            found += [(f"{name}.source", str(given)), (f"{name}.parts", {}), (f"{name}.ensemble", ())]
-    return found
 
 
 def _tree(recipe: str | Path | Mapping[str, object] | RunSettings | None) -> object:
