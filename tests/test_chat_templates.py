@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from test_reward_model import classifier
 from tether import cli
 from tether.batch import Message
+from tether.chat_templates import read_replies
 from tether.data import read_demonstrations
 from tether.demonstrations import encode_demonstrations
 from tether.errors import InputError
@@ -85,3 +87,28 @@ def test_a_run_on_such_prompts_ends_before_anything_trains(
     arguments = ["train", "--model", "sft", "--data", "prompts.jsonl", "--reward", "one.py:one"]
     assert cli.run([*arguments, "--max-new-tokens", "4"]) == 1
     assert "tether train: the chat template cannot write" in capsys.readouterr().err
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama 2's: `▁` before each word, which the decoder leaves out at the beginning of a text."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "▁the", "▁film", "▁was", "▁great", "s", "▁fine"]
+    raw = Tokenizer(models.Unigram([(piece, 0.0) for piece in pieces], unk_id=0))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("text", ["the film was great", "the films", "the film was fine great"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_prompt_and_reply_of_sentencepiece_join_to_the_text_that_was_written(text: str, cut: int) -> None:
+    tokenizer = sentencepiece()
+    ids = tokenizer(text)["input_ids"]
+    prompt = tokenizer.decode(ids[:cut])
+    assert prompt + read_replies([[*ids[cut:], EOS]], tokenizer)[0] == text
+
+
+def test_a_reply_in_a_conversation_begins_without_a_space_and_an_empty_one_is_empty() -> None:
+    tokenizer = sentencepiece()
+    assert read_replies([[EOS], []], tokenizer) == ["", ""]
+    tokenizer.chat_template = NO_SYSTEM
+    assert read_replies([tokenizer("great film")["input_ids"]], tokenizer) == ["great film"]

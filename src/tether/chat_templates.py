@@ -1,7 +1,8 @@
 """A conversation as its tokenizer's chat template writes it, as text or as token ids, or why the template refuses it.
 
 Templates are programs that other people wrote: many take no system turn, or turns in one order only, and say so by
-raising. A text without a template is here too: where it goes on, it must not be ended. Knows no model.
+raising. A text without a template is here too: where it goes on, it must not be ended, and what goes on with it keeps
+its first space. Knows no model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from tether.errors import InputError
 
 SHOWN = 60
 """Characters of the first message in an error."""
+SPACE = "▁"
+"""How SentencePiece writes the space before a word."""
 
 
 def write_chat(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, ask: bool = False) -> str:
@@ -40,6 +43,28 @@ def encode_open(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return ids
     bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return ids[:-1] if ids[-1 - len(bare) : -1] == bare else ids
+
+
+def read_replies(rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each reply's ids, special tokens left out.
+
+    Without a chat template a reply goes on in its prompt's text; then it keeps the space that it begins with, which
+    tokenizers of SentencePiece's kind (Llama 2, Mistral, Gemma) take for the beginning of a text and leave out.
+    """
+    texts: list[str] = tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True)
+    if tokenizer.chat_template is not None:
+        return texts
+    special = frozenset(tokenizer.all_special_ids)
+    firsts = [next((token for token in row if token not in special), None) for row in rows]
+    return [
+        f" {text}" if _begins_word(first, tokenizer) and text[:1] != " " else text
+        for first, text in zip(firsts, texts, strict=True)
+    ]
+
+
+def _begins_word(token: int | None, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the token's piece begins with SentencePiece's space."""
+    return token is not None and str(tokenizer.convert_ids_to_tokens(token)).startswith(SPACE)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tether.batch import KL_UNIT, Evaluation, Generation, Prompts, Referee, ReferenceEvaluation, Sequences, Writer
+from tether.chat_templates import read_replies
 from tether.decode import Sampler
 from tether.errors import InputError, ModelError
 from tether.feeding import Recorder, understands_cache
@@ -215,9 +216,9 @@ class LanguagePolicy:
         return self.mode.head.logits(torch.cat([parts[row] for row in rows.tolist()])).to(sequences.ids.device)
 
     def decode(self, responses: Int[Tensor, "batch response"], mask: Bool[Tensor, "batch response"]) -> list[str]:
-        """The responses as text, special tokens left out."""
+        """The responses as text, special tokens left out, as they read on after a plain prompt."""
         rows = [row[real].tolist() for row, real in zip(responses, mask, strict=True)]
-        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+        return read_replies(rows, self.tokenizer)
 
     def trainable(self) -> Mapping[str, Sequence[nn.Parameter]]:
         """Parameters by group: `policy` and `value`; no parameter stands in two groups."""
