@@ -2,65 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
-import random
-import re
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
-from inspect import signature
+from inspect import getsource
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tether import cli, phases, stages
+from stage_data import comparisons, demonstrated, saved_model, written
+from tether import cli, evaluate_run, phases, reward_command, sft_command
 from tether.data import read_preferences
-from tether.errors import InputError
-from tether.loading import parameter_count
 from tether.preferences import Pairs
 from tether.recipe_files import load_recipe
 from tether.reward_fit import RewardTraining
 from tether.reward_model import RewardManifest, RewardModel
-from tether.reward_stage import fit_pairs, learn_preferences, own_replies, report_on_pairs, split_off
+from tether.reward_stage import own_replies
 from tether.sft_checkpoint import SFTManifest, require_sft
 from tether.worlds.world import World
-from tiny_models import build, build_tokenizer
 from tolerances import ROUND_OFF, assert_close
-
-KNOBS = RewardTraining(top_layers=2, learning_rate=3e-3, batch_pairs=8)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    build("llama").save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def comparisons(count: int, *, longer_wins: bool = False, seed: int = 0) -> list[dict[str, str]]:
-    """The chosen answer holds w40 where the other holds w41, at random lengths; or is the longer one."""
-    draw = random.Random(seed)
-    rows = []
-    for number in range(count):
-        short = [f"w{draw.randrange(50, 90)}" for _ in range(3)]
-        good, bad = ([*short, "w40"], [*short, "w41"]) if not longer_wins else ([*short, *short, *short], short)
-        draw.shuffle(good)
-        draw.shuffle(bad)
-        rows.append({"prompt": f"w{number % 20 + 5}", "chosen": " " + " ".join(good), "rejected": " " + " ".join(bad)})
-    return rows
-
-
-def written(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return str(path)
-
-
-def demonstrated(count: int) -> list[dict[str, str]]:
-    return [{"prompt": f"w{n % 10 + 5}", "completion": f" w{n % 10 + 20}"} for n in range(count)]
+    return saved_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 # ── tether sft ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,8 +98,8 @@ def test_a_folder_that_is_taken_is_refused_before_anything_is_learned(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "diary.txt").write_text("mine")
-    monkeypatch.setattr(stages, "finetune", None)
-    monkeypatch.setattr(stages, "learn_preferences", None)
+    monkeypatch.setattr(sft_command, "finetune", None)
+    monkeypatch.setattr(reward_command, "learn_preferences", None)
     for command in ("sft", "reward"):
         assert cli.run([command, "--model", str(model), "--data", "d.jsonl", "--out", str(tmp_path)]) == 1
         assert "is there already and holds no" in capsys.readouterr().err
@@ -196,8 +166,8 @@ def test_an_interruption_is_one_line_and_leaves_no_folder(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "finetune", interrupt)
-    monkeypatch.setattr(stages, "learn_preferences", interrupt)
+    monkeypatch.setattr(sft_command, "finetune", interrupt)
+    monkeypatch.setattr(reward_command, "learn_preferences", interrupt)
     demos, pairs = (written(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((demonstrated(4), comparisons(4))))
     for command, data in (("sft", demos), ("reward", pairs)):
         out = tmp_path / command
@@ -244,16 +214,6 @@ def test_reward_with_its_twin_writes_both_and_prints_one_object(
     assert RewardManifest.load(out / "holdout").details["role"] == "holdout"
 
 
-def test_a_set_whose_longer_answers_win_is_said_to_be_one() -> None:
-    pairs = read_preferences(comparisons(60, longer_wins=True))
-    learned = learn_preferences(pairs, build("llama"), KNOBS, tokenizer=build_tokenizer(), heldout=0.5)
-    assert learned.data.longer_wins == 1.0
-    assert any("longer answers win in these comparisons" in warning for warning in learned.warnings)
-    assert any("score and length correlate" in warning for warning in learned.warnings)
-    fair = report_on_pairs(read_preferences(comparisons(60)))
-    assert (fair.longer_wins, fair.unequal, fair.warnings) == (None, 0, ())
-
-
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -273,53 +233,10 @@ def test_what_cannot_be_measured_is_said_before_anything_is_drawn_or_learned(
     def drawn(*_: object, **__: object) -> None:
         raise AssertionError("nothing shall be drawn")
 
-    monkeypatch.setattr(stages, "own_replies", drawn)
+    monkeypatch.setattr(reward_command, "own_replies", drawn)
     arguments = ["--model", str(model), "--data", written(tmp_path / "p.jsonl", comparisons(40))]
     assert cli.run(["reward", "--out", str(tmp_path / "rm"), *arguments, *flags]) == 1
     assert told in capsys.readouterr().err
-
-
-def test_reference_samples_that_are_all_the_same_are_refused_before_anything_is_learned() -> None:
-    pairs = read_preferences(comparisons(20))
-    with pytest.raises(InputError, match="got 3 reference samples, none different from the others"):
-        learn_preferences(pairs, build("llama"), KNOBS, tokenizer=build_tokenizer(), reference=(["w5"] * 3, ["w6"] * 3))
-
-
-def test_a_small_excess_of_longer_answers_is_no_warning() -> None:
-    rows = [("p", "a b", "a")] * 7 + [("p", "a", "a b")] * 3
-    pairs = Pairs(*zip(*rows, strict=True))
-    assert report_on_pairs(pairs).longer_wins == 0.7
-    assert report_on_pairs(pairs).warnings == ()
-    many = Pairs(*zip(*rows * 10, strict=True))
-    assert "70% of them" in report_on_pairs(many).warnings[0]
-
-
-def test_comparisons_that_stand_twice_are_warned_of() -> None:
-    row = comparisons(1)[0]
-    report = report_on_pairs(read_preferences([row, row, *comparisons(5, seed=1)]))
-    assert report.duplicates == 1
-    assert "1 comparisons stand in the data more than once" in report.warnings[0]
-
-
-def test_what_is_measured_was_not_learned() -> None:
-    pairs = read_preferences(comparisons(50))
-    learned, measured = split_off(pairs, 0.2, seed=3)
-    assert (len(learned), len(measured)) == (40, 10)
-    keys = [set(zip(half.prompts, half.chosen, half.rejected, strict=True)) for half in (learned, measured)]
-    assert not keys[0] & keys[1]
-    assert keys[0] | keys[1] == set(zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True))
-    assert [len(half) for half in split_off(pairs.take([0, 1]), 0.01, seed=0)] == [1, 1]
-    with pytest.raises(InputError, match="wanted at least 2 groups and 0 < heldout < 1"):
-        split_off(pairs, 1.0, seed=0)
-
-
-def test_comparisons_of_the_same_replies_are_learned_or_measured_together() -> None:
-    pairs = replace(read_preferences(comparisons(30)), groups=tuple(number // 3 for number in range(30)))
-    learned, measured = split_off(pairs, 0.2, seed=0)
-    assert learned.groups is not None
-    assert measured.groups is not None
-    assert (len(learned), len(measured)) == (24, 6)
-    assert not set(learned.groups) & set(measured.groups)
 
 
 def test_knobs_that_are_not_said_are_the_usual_ones_of_the_world_or_of_own_data(
@@ -332,15 +249,16 @@ def test_knobs_that_are_not_said_are_the_usual_ones_of_the_world_or_of_own_data(
         raise KeyboardInterrupt
 
     recipe = load_recipe("nano")
-    monkeypatch.setattr(stages, "learn_preferences", learn)
-    monkeypatch.setattr(stages, "own_replies", lambda *_, **__: None)
-    monkeypatch.setattr(stages, "world_pairs", lambda *_: read_preferences(comparisons(4)))
-    monkeypatch.setattr(stages, "open_world", lambda _: World("nano", model, ("w5",), ("w6",), lambda *_, **__: []))
+    monkeypatch.setattr(reward_command, "learn_preferences", learn)
+    monkeypatch.setattr(reward_command, "own_replies", lambda *_, **__: None)
+    monkeypatch.setattr(reward_command, "world_pairs", lambda *_: read_preferences(comparisons(4)))
+    world = World("nano", model, ("w5",), ("w6",), lambda *_, **__: [])
+    monkeypatch.setattr(reward_command, "open_world", lambda _: world)
     data, out = written(tmp_path / "p.jsonl", comparisons(4)), str(tmp_path / "rm")
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out])
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out, "--epochs", "5", "--all-weights"])
     cli.run(["reward", "--world", "nano", "--out", out, "--batch-pairs", "3", "--seed", "7"])
-    monkeypatch.setattr(stages, "parameter_count", lambda _: 10_000_000)
+    monkeypatch.setattr(reward_command, "parameter_count", lambda _: 10_000_000)
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out])
     cli.run(["reward", "--model", str(model), "--data", data, "--out", out, "--epochs", "5", "--all-weights"])
     assert seen[0] == RewardTraining(None, epochs=40, learning_rate=1e-3, batch_pairs=8, seed=0, validation=0.2)
@@ -359,52 +277,27 @@ def test_knobs_that_are_not_said_are_the_usual_ones_of_the_world_or_of_own_data(
 def test_a_small_body_and_few_pairs_have_their_passes_chosen(
     pairs: int, weights: int, epochs: int, validation: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "parameter_count", lambda _: weights)
-    usual = stages.usual_for("body", pairs)
+    monkeypatch.setattr(reward_command, "parameter_count", lambda _: weights)
+    usual = reward_command.usual_for("body", pairs)
     assert (usual.epochs, usual.validation) == (epochs, validation)
 
 
-@pytest.mark.parametrize("command", ["sft", "reward"])
-def test_the_help_has_a_line_for_each_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "module"), [("sft", sft_command), ("reward", reward_command), ("eval", evaluate_run)]
+)
+def test_the_help_has_the_line_of_each_flag(
+    command: str, module: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         cli.run([command, "--help"])
-    shown = capsys.readouterr().out
-    function = {"sft": stages.main_sft, "reward": stages.main_reward}[command]
-    told = re.findall(r"(?m)^        (\w+): \w", function.__doc__ or "")
-    assert told == list(signature(function).parameters)
-    assert "usual 1 to" in " ".join(shown.replace("│", " ").split())
-
-
-def test_the_size_of_a_body_is_that_of_its_weights(model: Path) -> None:
-    assert parameter_count(model) == AutoModelForCausalLM.from_pretrained(model).num_parameters()
-
-
-def test_pairs_that_are_too_long_go_by_the_rule() -> None:
-    base, tokenizer = build("llama"), build_tokenizer()  # 64 positions
-    story = " ".join(f"w{n % 80 + 5}" for n in range(62))
-    rows = [comparisons(1)[0], {"prompt": story, "chosen": " w1 w2 w3", "rejected": " w4"}]
-    pairs = read_preferences(rows)
-    assert fit_pairs(pairs, base, tokenizer=tokenizer) is pairs
-    with pytest.raises(InputError, match="tokens together; the reward model reads 1 to 64"):
-        learn_preferences(pairs, base, KNOBS, tokenizer=tokenizer, heldout=0.5)
-    dropped = fit_pairs(pairs, base, "drop", tokenizer=tokenizer)
-    assert dropped.prompts == pairs.prompts[:1]
-    assert (dropped.origin["dropped"], dropped.origin["shortened"]) == (1, 0)
-    cut = fit_pairs(pairs, base, "truncate_left", tokenizer=tokenizer)
-    assert cut.prompts[0] == pairs.prompts[0]
-    assert story.endswith(f" {cut.prompts[1]}")
-    assert 60 <= len(str(cut.prompts[1]).split()) <= 61  # 64 less three words, and a stop where one is read
-    learn_preferences(cut, base, KNOBS, tokenizer=tokenizer, heldout=0.5)
-    assert (cut.chosen, cut.origin["dropped"], cut.origin["shortened"]) == (pairs.chosen, 0, 1)
-    with pytest.raises(InputError, match="all 1 pairs are too long"):
-        fit_pairs(pairs.take([1]), base, "drop", tokenizer=tokenizer)
-    talk = [
-        {"role": "user", "content": "w5"},
-        {"role": "assistant", "content": "w6"},
-        {"role": "user", "content": "w7"},
-    ]
-    with pytest.raises(InputError, match="no chat template"):
-        fit_pairs(Pairs((tuple(talk),), ("a",), ("b",)), base, "drop", tokenizer=tokenizer)
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f" {module.main.__doc__} " in shown
+    (flags,) = (node for node in ast.parse(getsource(module)).body if getattr(node, "name", "") == "Flags")
+    for field, line in zip(flags.body[1::2], flags.body[2::2], strict=False):  # after the class's own docstring
+        if isinstance(field, ast.AnnAssign):
+            told = ast.literal_eval(line.value)
+            assert f"{' '.join(told.split())} (" in shown
+            assert field.target.id == "run" or f"--{field.target.id.replace('_', '-')}" in shown
 
 
 @pytest.mark.parametrize(
@@ -421,15 +314,3 @@ def test_reward_wants_one_source_of_comparisons(
 ) -> None:
     assert cli.run(["reward", "--out", str(tmp_path / "rm"), *flags]) == 1
     assert complaint in capsys.readouterr().err
-
-
-def test_own_replies_are_the_checkpoints_and_go_round_the_prompts(model: Path) -> None:
-    told: list[tuple[int, int]] = []
-    prompts, replies = own_replies(
-        model, ["w5", "w6", "w5", " ".join(["w7"] * 70)], 5, max_new_tokens=3, progress=lambda *now: told.append(now)
-    )
-    assert len(prompts) == len(replies) == 5
-    assert set(prompts) == {"w5", "w6"}  # the fourth leaves no room for a reply
-    assert all(1 <= len(reply.split()) <= 3 or reply == "" for reply in replies)
-    assert told[-1] == (5, 5)
-    assert own_replies(model, ["w5", "w6"], 5, max_new_tokens=3)[1] == replies

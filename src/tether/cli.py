@@ -1,7 +1,7 @@
 """The command line: `tether COMMAND …`.
 
-Each command is a function; its flags are the function's parameters, read by tyro. Nothing heavy is imported before a
-command is chosen, so that `tether --help` answers at once.
+Each command is a function; its flags are the function's parameters, or where they are many the fields of a class, read
+by tyro. Nothing heavy is imported before a command is chosen, so that `tether --help` answers at once.
 """
 
 from __future__ import annotations
@@ -32,17 +32,27 @@ class Command:
     complains_in: type[Exception] = TetherError
     """The error that carries its complaints to the user; the standard-library rungs know only ValueError."""
     flags: str | None = None
-    """Of a command that takes every knob: the class of its own flags; its function gets these and the knobs."""
+    """The class of its flags, where they are many: its function gets these as one."""
+    knobs: bool = False
+    """Whether it takes every knob of a run, too: its function gets its flags and the knobs."""
 
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("tether.demo", "main", "the lesson's exercise end to end: with the string, and without"),
     "train": Command(
-        "tether.training", "main", "one PPO run: your model, reward and prompts, or a world's", flags="Flags"
+        "tether.training",
+        "main",
+        "one PPO run: your model, reward and prompts, or a world's",
+        flags="Flags",
+        knobs=True,
     ),
     "sweep": Command("tether.sweep", "main", "a run for each β: frontier, chord law, the text at each"),
-    "sft": Command("tether.stages", "main_sft", "demonstrations → SFT checkpoint: start and reference of PPO"),
-    "reward": Command("tether.stages", "main_reward", "preferences → reward model, and what it is worth"),
+    "sft": Command(
+        "tether.sft_command", "main", "demonstrations → SFT checkpoint: start and reference of PPO", flags="Flags"
+    ),
+    "reward": Command(
+        "tether.reward_command", "main", "preferences → reward model, and what it is worth", flags="Flags"
+    ),
     "ladder bandit": Command(
         "tether.ladder.bandit", "main", "rung 1: the clip alone, two actions, pure Python", ValueError
     ),
@@ -50,7 +60,9 @@ COMMANDS: dict[str, Command] = {
     "ladder skeleton": Command("tether.ladder.skeleton", "main", "rung 2: the four-model loop in torch, one file"),
     "ladder library": Command("tether.ladder.library", "main", "rung 3: the lesson's listing with TRL's classic names"),
     "ladder exact": Command("tether.ladder.exact", "main", "PPO against an optimum that is known exactly"),
-    "eval": Command("tether.evaluate_run", "main", "a run on held-out prompts: every judge, KL, win rate, best-of-n"),
+    "eval": Command(
+        "tether.evaluate_run", "main", "a run on held-out prompts: every judge, KL, win rate, best-of-n", flags="Flags"
+    ),
     "recipes ls": Command("tether.recipe_files", "main_list", "the recipes that come with the program"),
     "recipes cp": Command("tether.recipe_files", "main_copy", "copy a recipe into a file of your own"),
     "recipes to": Command("tether.moving_out", "main", "a recipe as OpenRLHF's command line or verl's overrides"),
@@ -128,7 +140,7 @@ def _unknown(arguments: list[str]) -> int:
 
 def _call(name: str, command: Command, arguments: list[str]) -> int:
     try:
-        outcome = _run_with_knobs(name, command, arguments) if command.flags else _run_plain(name, command, arguments)
+        outcome = _run_with_knobs(name, command, arguments) if command.knobs else _run_plain(name, command, arguments)
         return outcome if isinstance(outcome, int) else 0
     except (TetherError, command.complains_in) as error:
         _complain(f"tether {name}: {error}")
@@ -149,8 +161,12 @@ def _complain(text: str) -> None:
 def _run_plain(name: str, command: Command, arguments: list[str]) -> object:
     import tyro
 
-    function = getattr(importlib.import_module(command.module), command.function)
-    return tyro.cli(function, prog=f"tether {name}", args=arguments)
+    module = importlib.import_module(command.module)
+    function = getattr(module, command.function)
+    if command.flags is None:
+        return tyro.cli(function, prog=f"tether {name}", args=arguments)
+    flags = getattr(module, command.flags)
+    return function(tyro.cli(flags, prog=f"tether {name}", args=arguments, description=function.__doc__))
 
 
 def _run_with_knobs(name: str, command: Command, arguments: list[str]) -> object:

@@ -32,7 +32,7 @@ from tether.records import Sample
 from tether.resuming import resume_run
 from tether.session import Task, open_policy, prepare_process, source_of, train_run
 from tether.store import RunStore
-from tether.terminal import console_for_output
+from tether.terminal import console_beside
 from tether.world_judges import open_judges
 from tether.worlds.world import World, WorldName, open_world
 
@@ -69,7 +69,7 @@ def main(
     json: print the summary as one JSON object.
     """
     prepare_process()
-    console = Console(stderr=True) if json else console_for_output()
+    console = console_beside(json)
     place = _open_or_fall_back(world, console)
     settings = load_recipe(place.name).with_seed(seed)
     settings = settings.with_steps(steps) if steps is not None else settings

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional
 
 from tether.config import RunSettings
 from tether.database import to_json
@@ -39,11 +40,41 @@ from tether.resume import Trained, find_point, open_trained
 from tether.runs import ROOT
 from tether.session import Task, heldout_source, open_policy, prepare_process, source_of
 from tether.tasks import open_task
-from tether.terminal import console_for_output
+from tether.terminal import console_beside
 
 WANTED = {"reward": "FILE.py:NAME", "prompts": "FILE"}
 """What the flags take, as errors say it."""
 LABELS = {"score": "score (proxy)", "holdout": "hold-out", "gold": "gold"}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of `tether eval`."""
+
+    run: Positional[str]
+    """RUN or RUN@STEP: name or path of the run, and the update; by default its last checkpoint."""
+    prompts: str | None = None
+    """Held-out prompts of your own: a file or a hub data set."""
+    prompt_column: str | None = None
+    """What their column is called; by default as in the run."""
+    split: str | None = None
+    """Their split, where they are a hub data set; by default as in the run."""
+    count: int | None = None
+    """Prompts at most; by default as many as the run's own evaluations."""
+    reward: str | None = None
+    """The reward, where the run got it from Python."""
+    judge: str | None = None
+    """A judge of your own, as FILE.py:NAME or whatever a reward may be."""
+    timeout: float | None = None
+    """Seconds that the reward and the judge have for a batch; by default as the run has it, else no limit."""
+    model: str | None = None
+    """The SFT checkpoint, where it no longer lies where the run found it."""
+    best_of: bool = True
+    """Draw best-of-n of the reference too; `--no-best-of` leaves it out."""
+    json: bool = False
+    """Print one JSON object."""
+    root: Path = ROOT
+    """The folder that holds the run folders."""
 
 
 @dataclass(frozen=True)
@@ -73,73 +104,33 @@ class Report:
     """Of the reference."""
 
 
-def main(
-    run: str,
-    /,
-    prompts: str | None = None,
-    prompt_column: str | None = None,
-    split: str | None = None,
-    count: int | None = None,
-    reward: str | None = None,
-    judge: str | None = None,
-    timeout: float | None = None,
-    model: str | None = None,
-    best_of: bool = True,
-    json: bool = False,
-    root: Path = ROOT,
-) -> None:
-    """Compare a run's policy with the model that it started from, on prompts that it was not trained on.
-
-    Args:
-        run: RUN or RUN@STEP: name or path of the run, and the update; by default its last checkpoint.
-        prompts: Held-out prompts of your own: a file or a hub data set.
-        prompt_column: What their column is called; by default as in the run.
-        split: Their split, where they are a hub data set; by default as in the run.
-        count: Prompts at most; by default as many as the run's own evaluations.
-        reward: The reward, where the run got it from Python.
-        judge: A judge of your own, as FILE.py:NAME or whatever a reward may be.
-        timeout: Seconds that the reward and the judge have for a batch; by default as the run has it, else no limit.
-        model: The SFT checkpoint, where it no longer lies where the run found it.
-        best_of: Draw best-of-n of the reference too; `--no-best-of` leaves it out.
-        json: Print one JSON object.
-        root: The folder that holds the run folders.
-    """
+def main(flags: Flags) -> None:
+    """Compare a run's policy with the model that it started from, on prompts that it was not trained on."""
     prepare_process()
-    console = Console(stderr=True) if json else console_for_output()
-    folder, step = find_point(run, root)
-    trained = open_trained(folder, step, model)
-    data = {"data.prompts": prompts, "data.heldout": prompts, "data.prompt_column": prompt_column, "data.split": split}
-    judges = {"reward": reward, "judge": judge}
-    settings = _settings(trained, folder, {**data, "evaluation.prompts": count}, judges, timeout)
-    with memory_errors_explained(settings), redirect_stdout(sys.stderr if json else sys.stdout):
+    console = console_beside(flags.json)
+    folder, step = find_point(flags.run, flags.root)
+    trained = open_trained(folder, step, flags.model)
+    settings = _settings(flags, trained, folder)
+    with memory_errors_explained(settings), redirect_stdout(sys.stderr if flags.json else sys.stdout):
         task = open_task(settings, console)
         foreign = _another_reward(trained, task, folder)
         if foreign:
             console.print(f"warning: {foreign}", soft_wrap=True, markup=False)
-        report = evaluate_run(task, settings, trained.policy, trained.checkpoint.step, best_of=best_of)
-    if json:
+        report = evaluate_run(task, settings, trained.policy, trained.checkpoint.step, best_of=flags.best_of)
+    if flags.json:
         told = {"run": str(folder), "warnings": [foreign] if foreign else []}
         print(jsonlib.dumps(told | jsonlib.loads(to_json(asdict(report)))))
     else:
         show(report, console)
 
 
-def _settings(
-    trained: Trained,
-    folder: Path,
-    data: Mapping[str, str | int | None],
-    judges: Mapping[str, str | None],
-    timeout: float | None,
-) -> RunSettings:
+def _settings(flags: Flags, trained: Trained, folder: Path) -> RunSettings:
     """The run's settings with what was given beside them.
 
     Raises ConfigError, naming the flag, where prompts or reward came from Python and are not given.
     """
     own = trained.settings
-    needed = [
-        ("reward", own.reward.is_given or judges["reward"]),
-        ("prompts", own.data.prompts or data["data.prompts"]),
-    ]
+    needed = [("reward", own.reward.is_given or flags.reward), ("prompts", own.data.prompts or flags.prompts)]
     lacking = [f"--{name} {WANTED[name]}" for name, known in needed if own.world is None and not known]
     if lacking:
         raise ConfigError(
@@ -147,13 +138,14 @@ def _settings(
             f"came from Python; give them: {' '.join(lacking)}"
         )
     given: dict[str, object] = {
-        **data,
+        "data.prompts": flags.prompts, "data.heldout": flags.prompts, "data.prompt_column": flags.prompt_column,
+        "data.split": flags.split, "evaluation.prompts": flags.count,
         "model.source": None if own.world else str(trained.source),
-    }
-    for name, source in judges.items():
+    }  # fmt: skip
+    for name, source in (("reward", flags.reward), ("judge", flags.judge)):
         if source is not None:
             given |= {f"{name}.source": source, f"{name}.parts": {}, f"{name}.ensemble": ()}
-        given[f"{name}.timeout_seconds"] = timeout
+        given[f"{name}.timeout_seconds"] = flags.timeout
     overrides = [(path, value) for path, value in given.items() if value is not None]
     return read_settings(own.dump(), overrides, str(folder))[0]
 

@@ -30,7 +30,7 @@ from tether.session import Task, open_policy, source_of
 from tether.steering import schedule_of
 from tether.store import CHECKPOINTS, RunStore
 from tether.tasks import open_task
-from tether.terminal import console_for_output
+from tether.terminal import console_beside
 from tether.trainer import Record, Run, advance
 
 SAME, OTHER = 0, 1
@@ -86,7 +86,7 @@ def main(
     if not verify:
         print(jsonlib.dumps({"run": str(folder), "schedule": told}) if json else _shown(folder, told, ledger))
         return SAME
-    console = Console(stderr=True) if json else console_for_output()
+    console = console_beside(json)
     found = verify_run(folder, console, updates=updates)
     print(jsonlib.dumps(asdict(found) | {"same": found.is_same}) if json else sentence(found))
     return SAME if found.is_same else OTHER

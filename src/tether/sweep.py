@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from tether.demo import finished_run
@@ -17,7 +16,7 @@ from tether.plots import SweepPoint, Trail, plot_frontier
 from tether.recipe_files import load_recipe
 from tether.session import Task, prepare_process
 from tether.store import RunStore
-from tether.terminal import console_for_output
+from tether.terminal import console_beside
 from tether.world_judges import open_judges
 from tether.worlds.exact import chord_law
 from tether.worlds.world import WorldName, open_world
@@ -55,7 +54,7 @@ def main(
     each run. seed: of every stream. json: one object instead of the table.
     """
     prepare_process()
-    console = Console(stderr=True) if json else console_for_output()
+    console = console_beside(json)
     if len(set(beta)) < 2 or min(beta) < 0:
         raise ConfigError(f"a sweep wants at least two different β ≥ 0; got {list(beta)}. Try --beta 0 0.05 0.2")
     place = open_world(world)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,3 +90,13 @@ def console_for_output() -> Console:
     console = Console(highlight=False)
     console.width = max(console.width, NARROWEST)
     return console
+
+
+def console_beside(json: bool) -> Console:
+    """Where a command tells people how it goes: its output, or standard error where that is one JSON object."""
+    return Console(stderr=True) if json else console_for_output()
+
+
+def print_warnings(warnings: Iterable[str], console: Console) -> None:
+    for warning in warnings:
+        console.print(f"  warning: {warning}", soft_wrap=True)

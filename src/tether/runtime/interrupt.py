@@ -11,7 +11,9 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -50,6 +52,15 @@ class Interrupt:
         with suppress(OSError, ValueError):
             # Past Python's buffers, which may be in the middle of a write.
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{self._notice}\n".encode())
+
+
+@contextmanager
+def to_the_end(out: Path) -> Iterator[None]:
+    """What the block writes to `out` is written whole: Ctrl-C counts after it; a second one at once."""
+    with Interrupt(f"writing {out} to the end; once more leaves at once") as stop:
+        yield
+    if stop.wanted:
+        raise KeyboardInterrupt(f"{out} is written")
 
 
 def stop_without_launcher() -> None:
