@@ -13,15 +13,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from tether import finetune as finetune_module
+from tether import sft_fit
 from tether.data import Demonstrations, read_demonstrations
 from tether.demonstrations import Example, bins, encode_demonstrations, lay_out, packs
 from tether.errors import InputError, ModelError
-from tether.finetune import Finetuning, _Student, finetune
+from tether.finetune import _held_out, finetune
 from tether.loading import load_causal_lm, probe
 from tether.models import load_policy
 from tether.prompts import encode
 from tether.sft_checkpoint import MANIFEST_FILE, SFTManifest, require_sft, whole_folder
+from tether.sft_fit import Finetuning, Student
 from tiny_models import ARCHITECTURES, EOS, MORE_ARCHITECTURES, VOCAB, build, build_tokenizer
 from tolerances import ROUND_OFF, Tolerance, assert_close
 
@@ -173,7 +174,7 @@ def test_loss_and_gradients_are_those_of_each_example_alone(architecture: str, p
     examples, plain = ragged_examples(), build(architecture)
     wanted = reference_loss(plain, examples)
     wanted.backward()
-    student = _Student(load_causal_lm(plain, "float32", torch.device("cpu")), Finetuning(packing=packing))
+    student = Student(load_causal_lm(plain, "float32", torch.device("cpu")), Finetuning(packing=packing))
     student.parameters()
     assert_close(torch.tensor(student.accumulate(examples, lambda: None)), wanted.detach(), ROUND_OFF)
     own = dict(student.model.named_parameters())
@@ -195,8 +196,8 @@ def test_which_models_pack_is_seen_on_their_states() -> None:
 def test_several_passes_add_up_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
     for tokens in (4096, 16):
-        monkeypatch.setattr(finetune_module, "TOKENS_PER_PASS", tokens)
-        student = _Student(load_causal_lm(build("llama"), "float32", torch.device("cpu")), Finetuning())
+        monkeypatch.setattr(sft_fit, "TOKENS_PER_PASS", tokens)
+        student = Student(load_causal_lm(build("llama"), "float32", torch.device("cpu")), Finetuning())
         first = student.parameters()[0]
         student.accumulate(ragged_examples(), lambda: None)
         gradients.append(first.grad)
@@ -255,7 +256,7 @@ def test_demonstrations_are_learned_and_the_model_given_stays_as_it_was(mode: st
 def test_the_held_out_loss_is_that_of_rows_that_were_not_learned() -> None:
     made = finetune(build("llama"), demonstrations(40), Finetuning(heldout=0.2, epochs=2), tokenizer=words())
     examples = encode_demonstrations(demonstrations(40), words(), [EOS]).examples
-    aside, learned = finetune_module._held_out(examples, Finetuning(heldout=0.2))
+    aside, learned = _held_out(examples, Finetuning(heldout=0.2))
     assert (len(aside), len(learned)) == (8, 32)
     assert_close(
         torch.tensor(made.report.heldout_loss_before), reference_loss(build("llama"), aside).detach(), ROUND_OFF

@@ -15,13 +15,14 @@ from rich.console import Console
 
 from tether.data import read_demonstrations
 from tether.errors import InputError
-from tether.finetune import Finetuned, Finetuning, finetune
+from tether.finetune import Finetuned, finetune
 from tether.loading import Precision
 from tether.phases import phases
 from tether.prompts import TooLong
 from tether.runtime.interrupt import to_the_end
 from tether.session import prepare_process
 from tether.sft_checkpoint import MANIFEST_FILE, require_free
+from tether.sft_fit import Finetuning
 from tether.terminal import console_beside, print_warnings
 
 
