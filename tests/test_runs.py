@@ -18,18 +18,8 @@ from hypothesis import strategies as st
 from tether.errors import RunError
 from tether.metrics import CATALOGUE
 from tether.records import Curve, Heartbeat
-from tether.runs import (
-    MAIN,
-    crew_of,
-    describe_run,
-    find_run,
-    knob,
-    list_runs,
-    main_runs,
-    main_show,
-    status,
-    summarise_metric,
-)
+from tether.runs import crew_of, describe_run, find_run, knob, list_runs, status, summarise_metric
+from tether.runs_command import MAIN, main_runs, main_show
 from tether.store import RunStore
 from tether.terminal import SPARKS, short, short_time, sparkline
 

@@ -75,9 +75,9 @@ COMMANDS: dict[str, Command] = {
     "replay": Command("tether.replay", "main", "what was steered; --verify: the same run once more, bit by bit"),
     "ui": Command("tether.page.server", "main", "the page of a folder of runs, live, with the slider that pulls"),
     "report": Command("tether.page.report", "main", "the page of a run as one file that works offline"),
-    "runs": Command("tether.runs", "main_runs", "list the runs of a folder"),
+    "runs": Command("tether.runs_command", "main_runs", "list the runs of a folder"),
     "check": Command("tether.checking", "main", "is the string attached? the verdict on a run, with its evidence"),
-    "show": Command("tether.runs", "main_show", "one run as a table with sparklines"),
+    "show": Command("tether.runs_command", "main_show", "one run as a table with sparklines"),
 }
 
 
