@@ -25,12 +25,26 @@ def byte_letters() -> list[str]:
 
 def write_gguf(path: Path) -> dict[str, numpy.ndarray]:
     """Write the file; return its tensors by their GGUF names."""
-    random = numpy.random.default_rng(0)
     newline, space = byte_letters()[ord("\n")], byte_letters()[ord(" ")]
     merges = [(newline, newline), (space, space), ("a", "b")]
     tokens = SPECIAL + byte_letters() + ["".join(pair) for pair in merges]
+    tensors = _tensors(len(tokens))
+    writer = gguf.GGUFWriter(str(path), "llama")
+    _describe_model(writer)
+    _describe_tokenizer(writer, tokens, merges)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def _tensors(vocabulary: int) -> dict[str, numpy.ndarray]:
+    random = numpy.random.default_rng(0)
     width = HIDDEN // HEADS * KEY_HEADS
-    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    shapes = {"token_embd": (vocabulary, HIDDEN), "output_norm": (HIDDEN,)}
     for layer in range(LAYERS):
         shapes |= {
             f"blk.{layer}.attn_norm": (HIDDEN,),
@@ -43,9 +57,10 @@ def write_gguf(path: Path) -> dict[str, numpy.ndarray]:
             f"blk.{layer}.ffn_up": (INTERMEDIATE, HIDDEN),
             f"blk.{layer}.ffn_down": (HIDDEN, INTERMEDIATE),
         }
-    tensors = {f"{name}.weight": random.normal(size=shape).astype(numpy.float32) for name, shape in shapes.items()}
+    return {f"{name}.weight": random.normal(size=shape).astype(numpy.float32) for name, shape in shapes.items()}
 
-    writer = gguf.GGUFWriter(str(path), "llama")
+
+def _describe_model(writer: gguf.GGUFWriter) -> None:
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)
     writer.add_embedding_length(HIDDEN)
@@ -55,6 +70,9 @@ def write_gguf(path: Path) -> dict[str, numpy.ndarray]:
     writer.add_rope_freq_base(100_000.0)
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
+
+
+def _describe_tokenizer(writer: gguf.GGUFWriter, tokens: list[str], merges: list[tuple[str, str]]) -> None:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -66,13 +84,6 @@ def write_gguf(path: Path) -> dict[str, numpy.ndarray]:
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors
 
 
 def write_wheel(folder: Path, member: str, content: bytes) -> Path:
