@@ -32,8 +32,9 @@ from tether.fault_models import replace_attribute
 from tether.faults import faulty_settings, planted
 from tether.recipe_files import load_recipe
 from tether.resuming import resume_run
-from tether.session import Judges, Task, prepare_process, train_run
+from tether.session import prepare_process, train_run
 from tether.store import RunStore
+from tether.task import Judges, Task
 from tether.watch import Watch
 from tether.world_judges import open_judges
 from tether.worlds.world import open_world

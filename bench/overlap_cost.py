@@ -32,8 +32,9 @@ from tether.models import LanguagePolicy
 from tether.ray_run import Roles
 from tether.recipe_files import read_recipe
 from tether.remote import Published, RemoteWriter
-from tether.session import Task, train_run
+from tether.session import train_run
 from tether.store import RunStore
+from tether.task import Task
 from tether.tasks import open_task
 from tether.workers import WritingWorker
 

@@ -24,9 +24,10 @@ from rich.console import Console
 from tether.config import RunSettings
 from tether.ray_run import ray_roles
 from tether.recipe_files import read_recipe
-from tether.session import open_policy, source_of, train_run
+from tether.session import train_run
 from tether.store import RunStore
 from tether.streams import uniforms
+from tether.task import open_policy, source_of
 from tether.tasks import open_task
 
 

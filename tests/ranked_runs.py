@@ -27,7 +27,8 @@ from tether.control import Control
 from tether.errors import StopError
 from tether.resuming import resume_run
 from tether.runtime.ranks import joined
-from tether.session import Judges, Task, train_run
+from tether.session import train_run
+from tether.task import Judges, Task
 
 STEPS = 5
 WORKERS = {"writer": "ray", "ray": {"rollout_workers": 2, "scoring_workers": 1, "object_store_mb": 200}}

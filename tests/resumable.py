@@ -26,8 +26,9 @@ from tether.batch import Prompt
 from tether.config import RunSettings
 from tether.prompts import PromptSet
 from tether.resuming import resume_run
-from tether.session import Judges, Task, train_run
+from tether.session import train_run
 from tether.store import RunStore
+from tether.task import Judges, Task
 from tiny_models import build, build_tokenizer
 
 STEPS = 4

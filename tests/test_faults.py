@@ -20,8 +20,9 @@ from tether.faults import _drifting, _skewed, faulty_settings, planted
 from tether.records import Event
 from tether.resuming import resume_run
 from tether.reward_model import RewardModel
-from tether.session import Judges, train_run
+from tether.session import train_run
 from tether.store import RunStore
+from tether.task import Judges
 from tether.verdict import judge
 from tether.watch import Watch
 

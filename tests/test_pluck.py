@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import tether.session
+import tether.task
 import tether.trainer
 from resumable import settings_of, task_of
 from tether.batch import Rewards, Rollout, Scores
@@ -32,9 +32,9 @@ def drifted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     values["ppo"]["update"] |= {"learning_rate": 5e-4, "value_warmup": 0, "schedule": "constant"}
     settings = RunSettings.model_validate(values)
     task = task_of(folder / "sft")
-    policy = tether.session.open_policy(task.model, settings)
+    policy = tether.task.open_policy(task.model, settings)
     knobs: PPOSettings = settings.ppo
-    prompts = tether.session.source_of(task.train, policy, settings, knobs.batch_size)
+    prompts = tether.task.source_of(task.train, policy, settings, knobs.batch_size)
     run = Run(policy, task.judges.reward, prompts, knobs, lambda record: None)
     for _ in range(CLIMBED):
         advance(run)
@@ -77,8 +77,8 @@ def test_a_string_that_never_reaches_the_loss_is_silent(drifted: Run, monkeypatc
 
 def test_at_the_reference_there_is_nothing_to_pull(tmp_path: Path) -> None:
     task, settings = task_of(tmp_path / "sft"), settings_of("full")
-    policy = tether.session.open_policy(task.model, settings)
-    prompts = tether.session.source_of(task.train, policy, settings, settings.ppo.batch_size)
+    policy = tether.task.open_policy(task.model, settings)
+    prompts = tether.task.source_of(task.train, policy, settings, settings.ppo.batch_size)
     answer = pluck(Run(policy, task.judges.reward, prompts, settings.ppo, lambda record: None), updates=3)
     assert answer.answer == "nothing to pull"
     assert "nothing to pull" in answer.sentence()

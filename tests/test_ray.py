@@ -35,8 +35,9 @@ from tether.config import RunSettings
 from tether.errors import ModelError, WorkerError
 from tether.runtime import ray_cluster, ray_crew
 from tether.runtime_settings import RaySettings
-from tether.session import Judges, open_policy, train_run
+from tether.session import train_run
 from tether.store import RunStore
+from tether.task import Judges, open_policy
 from tether.workers import WritingWorker
 from tolerances import ROUND_OFF, assert_close
 

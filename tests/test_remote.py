@@ -42,9 +42,10 @@ from tether.rollouts import sample
 from tether.runtime import ray_cluster
 from tether.runtime.ranks import Ranks
 from tether.runtime_settings import RuntimeSettings
-from tether.session import Judges, train_run
+from tether.session import train_run
 from tether.store import RunStore
 from tether.streams import uniforms
+from tether.task import Judges
 from tether.workers import ScoringWorker, Weights, WritingWorker, versions
 from tiny_models import VOCAB, build, build_tokenizer
 from tolerances import ROUND_OFF, assert_close

@@ -29,8 +29,9 @@ from tether.errors import ConfigError, RunError
 from tether.open_reward import as_reward
 from tether.prompts import PromptSet
 from tether.resuming import fork_run, resume_run
-from tether.session import Judges, Task, train_run
+from tether.session import train_run
 from tether.store import RunStore
+from tether.task import Judges, Task
 from tiny_models import build, build_tokenizer
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")  # whole runs: the rooms' own tests check the shapes

@@ -19,9 +19,10 @@ from tether.errors import ConfigError, InputError, RunError, StopError
 from tether.helm import Rudder
 from tether.replay import verify_run
 from tether.resuming import resume_run
-from tether.session import Judges, Task, train_run
+from tether.session import train_run
 from tether.steering import parse_wishes, schedule_of, submit
 from tether.store import RunStore
+from tether.task import Judges, Task
 from tether.wishes import STEERABLE, Reach, check_wish, judged, with_values
 
 pytestmark = pytest.mark.timeout(60)

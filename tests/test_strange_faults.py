@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import tether.rewards
-import tether.session
+import tether.task
 import tether.trainer
 from test_faults import complaints, shaken, trained
 from tether.fault_models import replace_attribute
@@ -36,7 +36,7 @@ def loaded(change: Callable[[LanguagePolicy], None]) -> Plant:
 
         return load
 
-    return lambda stack: replace_attribute(stack, tether.session, "load_policy", wrap)
+    return lambda stack: replace_attribute(stack, tether.task, "load_policy", wrap)
 
 
 def before_update(step: int, act: Callable[[LanguagePolicy], None]) -> Plant:

@@ -19,8 +19,8 @@ from tether import cli
 from tether.api import TrainedRun
 from tether.errors import ConfigError, InputError, ModelError, OutOfMemory, RewardError, RunError
 from tether.models import LanguagePolicy
-from tether.session import open_policy
 from tether.store import RunStore
+from tether.task import open_policy
 from tiny_models import build, build_tokenizer
 from tolerances import ROUND_OFF, assert_close
 

@@ -30,8 +30,9 @@ from tether.plots import BestOfN, Trail, moving_mean, plot_curves, plot_frontier
 from tether.recipe_files import load_recipe
 from tether.records import Sample
 from tether.resuming import resume_run
-from tether.session import Task, open_policy, prepare_process, source_of, train_run
+from tether.session import prepare_process, train_run
 from tether.store import RunStore
+from tether.task import Task, open_policy, source_of
 from tether.terminal import console_beside
 from tether.world_judges import open_judges
 from tether.worlds.world import World, WorldName, open_world

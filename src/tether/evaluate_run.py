@@ -38,7 +38,8 @@ from tether.memory_plan import memory_errors_explained
 from tether.models import LanguagePolicy
 from tether.resume import Trained, find_point, open_trained
 from tether.runs import ROOT
-from tether.session import Task, heldout_source, open_policy, prepare_process, source_of
+from tether.session import prepare_process
+from tether.task import Task, heldout_source, open_policy, source_of
 from tether.tasks import open_task
 from tether.terminal import console_beside
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import tether.batch
 import tether.decode
 import tether.models
-import tether.session
+import tether.task
 from tether.batch import Generation, Prompts, Sequences
 from tether.decode import Sampler
 from tether.loading import load_causal_lm
@@ -59,7 +59,7 @@ def _loaded(change: Callable[[Original, Any, dict[str, Any]], LanguagePolicy]) -
         def wrap(original: Original) -> Original:
             return lambda source, *rest, **named: change(lambda *a, **k: original(*a, *rest, **k), source, named)
 
-        replace_attribute(stack, tether.session, "load_policy", wrap)
+        replace_attribute(stack, tether.task, "load_policy", wrap)
 
     return plant
 

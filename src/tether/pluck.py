@@ -22,7 +22,7 @@ from tether.config import PPOSettings
 from tether.errors import InputError
 from tether.models import LanguagePolicy
 from tether.resume import open_trained
-from tether.session import source_of
+from tether.task import source_of
 from tether.tasks import open_task
 from tether.trainer import Record, Run, advance
 

@@ -26,9 +26,9 @@ from tether.helm import Rudder
 from tether.identity import differences, identify, made_by, recorded_settings, require_same_digests
 from tether.records import Applied
 from tether.runs import ROOT, find_run
-from tether.session import Task, open_policy, source_of
 from tether.steering import schedule_of
 from tether.store import CHECKPOINTS, RunStore
+from tether.task import Task, open_policy, source_of
 from tether.tasks import open_task
 from tether.terminal import console_beside
 from tether.trainer import Record, Run, advance

@@ -24,9 +24,10 @@ from tether.resuming import fork_run, resume_run
 from tether.runs import ROOT, find_run
 from tether.runtime.processes import launch, require_processes
 from tether.runtime.ranks import is_first, is_launched, joined
-from tether.session import open_policy, prepare_process
+from tether.session import prepare_process
 from tether.snapshot import load_weights
 from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore, check_name
+from tether.task import open_policy
 from tether.tasks import open_task
 from tether.terminal import console_for_output
 from tether.worlds.world import open_world

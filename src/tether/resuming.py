@@ -19,9 +19,10 @@ from tether.ranked import shared
 from tether.recipe_files import load_recipe
 from tether.rewards import controller
 from tether.runtime.ranks import here
-from tether.session import Session, Task, elsewhere, is_sharded, open_policy, see_through, store_of
+from tether.session import Session, elsewhere, is_sharded, see_through, store_of
 from tether.snapshot import plain
 from tether.store import CHECKPOINTS, CONFIG_FILE, RunStore
+from tether.task import Task, open_policy
 
 
 def resume_run(

@@ -1,4 +1,4 @@
-"""From a recipe to a finished run folder: world, judges, policy, training, evaluation.
+"""From a task to a finished run folder: policy, training, evaluation, checkpoints, and how it ended.
 
 `train_run` trains one policy and leaves everything in `root/name`, with checkpoints that `resuming.py` goes on from.
 The jobs above (`demo.py`, `sweep.py`, `training.py`) are made of it.
@@ -6,39 +6,32 @@ The jobs above (`demo.py`, `sweep.py`, `training.py`) are made of it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from tether import __version__
 from tether.ahead import look_ahead
 from tether.alarms import PLANTED
 from tether.bank import bank_size, keep_bank
-from tether.batch import Reward
 from tether.checkpoint import Checkpoint, Checkpoints, Identity
 from tether.config import RunSettings
 from tether.control import Control
-from tether.errors import AlarmError, ConfigError, RunError, StopError
+from tether.errors import AlarmError, RunError, StopError
 from tether.evaluation import Judged, evaluate, summarise
 from tether.helm import Helm, Rudder, keep_ahead
 from tether.identity import identify, require_same_digests
-from tether.loading import Source, layer_count
-from tether.models import LanguagePolicy, load_policy
-from tether.places import cache_folder
-from tether.prompts import PromptSet, PromptSource, fit
+from tether.models import LanguagePolicy
+from tether.prompts import PromptSource
 from tether.ranked import shared, shared_snapshot
-from tether.recomputation import recompute_layers
 from tether.recording import Keeper, Saver, Screen, pieces_of, probes
 from tether.records import Applied, Status
 from tether.runtime.interrupt import Interrupt
@@ -46,49 +39,13 @@ from tether.runtime.memory import keep_freed_memory
 from tether.runtime.ranks import here
 from tether.snapshot import restore_states
 from tether.store import CHECKPOINTS, RunStore
+from tether.task import EVALUATED_AT_ONCE, Task, heldout_source, open_policy, source_of
 from tether.trackers import Trackers
 from tether.trainer import Run, train
 from tether.watch import Watch
-from tether.worlds.world import World
 from tether.writers import catch_up, helped
 
-EVALUATED_AT_ONCE = 64
 STOPPING = "stopping after this update, with a checkpoint; once more leaves at once"
-
-
-@dataclass(frozen=True)
-class Judges:
-    """The reward that is optimised, and those that are not."""
-
-    reward: Reward
-    unseen: Mapping[str, Reward] = field(default_factory=dict)
-    """Those that the policy never climbs, by the name that their metrics carry: `holdout`, `gold`."""
-
-    @property
-    def all(self) -> Mapping[str, Reward]:
-        """Every judge by the name that its metrics carry."""
-        return {"score": self.reward, **self.unseen}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a run is about, whether a world's own or brought by the user: from what, on what, against what."""
-
-    model: Source
-    """The SFT checkpoint: the policy's start and the reference."""
-    train: PromptSet
-    heldout: PromptSet
-    judges: Judges
-    tokenizer: PreTrainedTokenizerBase | None = None
-    """Where the model is an object; else it is the checkpoint's own."""
-    trackers: tuple[object, ...] = ()
-    """Trackers as objects, beside those that the settings name."""
-
-    @staticmethod
-    def of_world(world: World, settings: RunSettings, judges: Judges) -> Task:
-        """The world's model, or the one that the settings name, on the world's prompts."""
-        train, heldout = PromptSet(world.train_prompts), PromptSet(world.heldout_prompts)
-        return Task(settings.model.source or world.model, train, heldout, judges)
 
 
 def prepare_process() -> None:
@@ -97,67 +54,9 @@ def prepare_process() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def open_policy(
-    source: Source, settings: RunSettings, tokenizer: PreTrainedTokenizerBase | None = None
-) -> LanguagePolicy:
-    """The policy at its start, with its frozen reference."""
-    model = settings.model
-    policy = load_policy(
-        source,
-        tokenizer,
-        mode=model.mode,
-        top_layers=model.trained_layers(layer_count(source)),
-        lora_rank=model.lora_rank,
-        dtype=model.dtype,
-        critic=model.critic,
-    )
-    if model.gradient_checkpointing:
-        recompute_layers(policy.mode.model)
-    return policy
-
-
-def source_of(
-    given: PromptSet, policy: LanguagePolicy, settings: RunSettings, per_batch: int, copies: int = 1
-) -> PromptSource:
-    """These prompts, tokenised for the policy; those that are too long by the settings' rule."""
-    room = policy.context - settings.ppo.sampling.max_new_tokens
-    if room < 1:
-        raise ConfigError(
-            f"ppo.sampling.max_new_tokens is {settings.ppo.sampling.max_new_tokens} and the model's context "
-            f"{policy.context} tokens, which leaves no room for a prompt; try {policy.context // 2}"
-        )
-    fitted = fit(given, policy.tokenizer, max_tokens=room, too_long=settings.data.too_long)
-    policy.require_embedded(fitted.ids)
-    kept = fitted.prompts
-    return PromptSource(
-        kept.prompts, fitted.ids, per_batch, copies, settings.ppo.seed, policy.pad, kept.columns, fitted.note
-    )
-
-
 def is_sharded(settings: RunSettings) -> bool:
     """Whether several processes hold the layers' weights in shares."""
     return settings.runtime.sharding == "fsdp"
-
-
-def heldout_source(heldout: PromptSet, policy: LanguagePolicy, settings: RunSettings) -> PromptSource:
-    """The held-out prompts of the evaluation, in batches that cover each once."""
-    count = min(settings.evaluation.prompts, len(heldout))
-    per_batch = min(count, EVALUATED_AT_ONCE)
-    return source_of(heldout.first(count - count % per_batch), policy, settings, per_batch)
-
-
-def judges_folder(world: World, settings: RunSettings) -> Path:
-    """Where the two reward models of these settings are kept: equal settings and seeds share them."""
-    recipe = {
-        "version": __version__,
-        "world": world.name,
-        "model": settings.model.source or world.model.name,
-        "preferences": settings.preferences.model_dump(),
-        "sampling": settings.ppo.sampling.model_dump(exclude={"importance_cap"}),  # which no sample depends on
-        "seed": settings.ppo.seed,
-    }
-    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    return cache_folder() / "rewards" / f"{world.name}-{digest}"
 
 
 @dataclass

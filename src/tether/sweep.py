@@ -14,8 +14,9 @@ from tether.demo import finished_run
 from tether.errors import ConfigError
 from tether.plots import SweepPoint, Trail, plot_frontier
 from tether.recipe_files import load_recipe
-from tether.session import Task, prepare_process
+from tether.session import prepare_process
 from tether.store import RunStore
+from tether.task import Task
 from tether.terminal import console_beside
 from tether.world_judges import open_judges
 from tether.worlds.exact import chord_law

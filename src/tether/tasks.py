@@ -24,9 +24,9 @@ from tether.errors import ConfigError, InputError
 from tether.loading import require_there
 from tether.open_reward import as_reward, open_reward
 from tether.prompts import PromptSet
-from tether.session import Judges, Task
 from tether.sft_checkpoint import NANO_MANIFEST, is_sft, require_sft
 from tether.streams import permutation
+from tether.task import Judges, Task
 from tether.world_judges import open_judges
 from tether.worlds.world import World, open_world
 

@@ -6,6 +6,7 @@ Trained once and kept in the cache under a digest of all that they depend on. Re
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +16,16 @@ from statistics import fmean, pstdev
 
 from rich.console import Console
 
+from tether import __version__
 from tether.batch import Prompt, Reward
 from tether.config import RunSettings
 from tether.phases import phases
+from tether.places import cache_folder
 from tether.preferences import Pairs, sample_pairs
 from tether.prompts import PromptSet
 from tether.reward_model import RewardModel
 from tether.reward_training import train_two
-from tether.session import Judges, judges_folder, open_policy, source_of
+from tether.task import Judges, open_policy, source_of
 from tether.worlds.world import World
 
 REPLIES_AT_ONCE = 64
@@ -39,6 +42,20 @@ def open_judges(world: World, settings: RunSettings, console: Console) -> Judges
     scale = json.loads((folder / GOLD_FILE).read_text("utf-8"))
     gold = StandardGold(world.gold, scale["mean"], scale["std"])
     return Judges(models[0], {"holdout": models[1], "gold": gold})
+
+
+def judges_folder(world: World, settings: RunSettings) -> Path:
+    """Where the two reward models of these settings are kept: equal settings and seeds share them."""
+    recipe = {
+        "version": __version__,
+        "world": world.name,
+        "model": settings.model.source or world.model.name,
+        "preferences": settings.preferences.model_dump(),
+        "sampling": settings.ppo.sampling.model_dump(exclude={"importance_cap"}),  # which no sample depends on
+        "seed": settings.ppo.seed,
+    }
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    return cache_folder() / "rewards" / f"{world.name}-{digest}"
 
 
 @dataclass(frozen=True)
