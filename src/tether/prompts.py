@@ -9,6 +9,7 @@ files is `data.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -76,6 +77,17 @@ class PromptSource:
         copies = range(self.samples_per_prompt)
         keys = [(first + k) * self.samples_per_prompt + c for k in range(len(places)) for c in copies]
         return collate([place for place in places for _ in copies], keys, self)
+
+    def in_equal_batches(self, most: int) -> PromptSource:
+        """The same in batches of `most` prompts or fewer, which hold each prompt once.
+
+        The last prompts, fewer than there are batches, are left out where the batches would not be equal otherwise.
+        """
+        batches = math.ceil(len(self.texts) / most)
+        size = len(self.texts) // batches
+        kept = slice(batches * size)
+        columns = {name: column[kept] for name, column in self.columns.items()}
+        return replace(self, texts=self.texts[kept], ids=self.ids[kept], columns=columns, prompts_per_batch=size)
 
     def _place(self, position: int) -> int:
         """Which prompt stands at this position of the endless stream."""

@@ -146,9 +146,9 @@ class Session:
         count, copies = bank_size(self.settings, len(self.task.heldout))
         if not count:
             return
-        at_once = min(count, max(1, EVALUATED_AT_ONCE // copies))
-        prompts = self.task.heldout.first(count - count % at_once)
-        source = source_of(prompts, self.policy, self.settings, at_once, copies)
+        prompts = self.task.heldout.first(count)
+        source = source_of(prompts, self.policy, self.settings, count, copies)
+        source = source.in_equal_batches(max(1, EVALUATED_AT_ONCE // copies))
         self.store.heartbeat(0, "evaluating")
         knobs, judges = self.settings.ppo, self.task.judges.all
         keep_bank(self.store.path, identity.digests, self.policy, source, judges, knobs.sampling, knobs.seed)

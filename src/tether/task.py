@@ -98,7 +98,6 @@ def source_of(
 
 
 def heldout_source(heldout: PromptSet, policy: LanguagePolicy, settings: RunSettings) -> PromptSource:
-    """The held-out prompts of the evaluation, in batches that cover each once."""
-    count = min(settings.evaluation.prompts, len(heldout))
-    per_batch = min(count, EVALUATED_AT_ONCE)
-    return source_of(heldout.first(count - count % per_batch), policy, settings, per_batch)
+    """The held-out prompts of the evaluation, in batches that hold each once."""
+    given = heldout.first(settings.evaluation.prompts)
+    return source_of(given, policy, settings, len(given)).in_equal_batches(EVALUATED_AT_ONCE)
