@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tether import cli
+from tether import cli, resume
 from tether.checkpoint import Checkpoint, Checkpoints
 from tether.errors import RunError
 from tether.recipe_files import load_recipe
@@ -86,6 +86,43 @@ def test_a_run_goes_on_with_what_was_moved_and_is_the_one_that_nobody_stopped(he
     assert load_recipe("runs/stopped/config.yaml").model.source == "new/sft", "the next command finds it by itself"
     with RunStore.open("runs/stopped") as store:
         assert store.meta()["source"] == "new/sft"
+
+
+def test_a_run_goes_on_with_knobs_that_do_not_change_its_course(here: Path) -> None:
+    knobs = ["--checkpoint.keep", "4", "--evaluation.prompts=1", "--vllm.start_seconds", "5"]
+    assert cli.run(["resume", "stopped", *MOVED, *knobs]) == 0
+    ours, theirs = weights(here / "runs/stopped"), weights(here / "runs/whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    settings = load_recipe("runs/stopped/config.yaml")
+    assert (settings.checkpoint.keep, settings.evaluation.prompts) == (4, 1)
+    assert settings.runtime.vllm.start_seconds == 5
+
+
+def test_a_knob_that_changes_the_course_is_refused_by_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("runs/stopped/config.yaml").read_text()
+    assert cli.run(["resume", "stopped", *MOVED, "--beta", "0.3"]) == 1
+    told = capsys.readouterr().err
+    assert "a resumed run keeps its settings; these differ:\n  ppo.reward.beta: " in told
+    assert "tether fork" in told
+    assert cli.run(["resume", "stopped", "--betta", "0.3"]) == 1
+    assert "did you mean" in capsys.readouterr().err
+    assert Path("runs/stopped/config.yaml").read_text() == before
+
+
+def test_the_help_of_resume_shows_the_knobs_that_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["resume", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"--{knob}\n" in told for knob in ("runtime.ray.address", "checkpoint.every", "report_to"))
+    assert "--ppo." not in told
+
+
+def test_several_processes_are_told_all_that_one_was(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(resume, "launch", lambda processes, words: told.extend([processes, *words]) or 0)
+    knobs = ["--checkpoint.keep", "4", "--report_to", "a", "b"]
+    assert cli.run(["resume", "stopped", *MOVED, "--num-processes", "2", *knobs]) == 0
+    folder = str(Path("runs/stopped"))
+    assert told == [2, "resume", folder, *MOVED, "--num-processes", "2", *knobs]
 
 
 def test_places_may_be_written_into_config_yaml_too(here: Path) -> None:

@@ -34,7 +34,8 @@ class Command:
     flags: str | None = None
     """The class of its flags, where they are many: its function gets these as one."""
     knobs: bool = False
-    """Whether it takes every knob of a run, too: its function gets its flags and the knobs."""
+    """Whether it takes knobs of a run, too: its function gets its flags and the knobs. The help shows all, or those of
+    the sections in its module's `KNOBS`."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -67,7 +68,13 @@ COMMANDS: dict[str, Command] = {
     "recipes cp": Command("tether.recipe_files", "main_copy", "copy a recipe into a file of your own"),
     "recipes to": Command("tether.moving_out", "main", "a recipe as OpenRLHF's command line or verl's overrides"),
     "doctor": Command("tether.doctor", "main", "what this machine has; with --run, whether a run fits into it"),
-    "resume": Command("tether.resume", "main", "go on with a run that was stopped or killed, as if it never had been"),
+    "resume": Command(
+        "tether.resume",
+        "main",
+        "go on with a run that was stopped or killed, as if it never had been",
+        flags="Flags",
+        knobs=True,
+    ),
     "fork": Command("tether.resume", "main_fork", "another run from a checkpoint of this one: fork RUN@STEP --name N"),
     "export": Command("tether.export", "main", "a run's policy as a Hugging Face folder with its card; onto the hub"),
     "chat": Command("tether.chat", "main", "talk to a run's policy, its reference beside it"),
@@ -181,7 +188,7 @@ def _run_with_knobs(name: str, command: Command, arguments: list[str]) -> object
     if {"-h", "--help"} & set(own):
         with suppress(SystemExit):
             tyro.cli(flags, prog=f"tether {name}", args=["--help"], description=command.summary)
-        print(f"\n{knobs_help()}")
+        print(f"\n{knobs_help(getattr(module, 'KNOBS', None))}")
         return 0
     return getattr(module, command.function)(tyro.cli(flags, prog=f"tether {name}", args=own), overrides)
 

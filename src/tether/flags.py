@@ -64,11 +64,16 @@ def _is_flag(word: str) -> bool:
     return word.startswith("-") and not NUMBER.match(word) and word != "-"
 
 
-def knobs_help() -> str:
-    """Every knob with its default, what is allowed, the usual range and who uses what, section by section."""
-    lines = ["knobs, each by any part of its path that leads to one: --ppo.reward.beta, --ppo.beta, --beta"]
+def knobs_help(only: Collection[str] | None = None) -> str:
+    """Every knob with its default, what is allowed, the usual range and who uses what, section by section.
+
+    `only`: those whose path begins with one of these words.
+    """
+    chosen = [path for path in knobs() if only is None or path.split(".")[0] in only]
+    path = "ppo.reward.beta" if only is None else "runtime.ray.address"
+    lines = [f"knobs, each by any part of its path that leads to one, as --{path} or --{path.partition('.')[2]}"]
     for section in ["", *sections()]:
-        own = [path for path in knobs() if path.rpartition(".")[0] == section]
+        own = [path for path in chosen if path.rpartition(".")[0] == section]
         if own:
             about = (sections()[section] if section else RunSettings).__doc__ or ""
             lines += ["", *wrap(f"{section or 'the run'}: {about.splitlines()[0]}", WIDTH)]

@@ -6,17 +6,21 @@ at one of its checkpoints. Knows no training: that is `session.py`.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from tyro.conf import Positional
 
 from tether.checkpoint import Checkpoint, Checkpoints
 from tether.config import RunSettings
 from tether.errors import ModelError, RunError
-from tether.identity import of_tensors, of_tokenizer, recorded_settings, require_same_digests
+from tether.identity import FREE, of_tensors, of_tokenizer, recorded_settings, require_same_digests
+from tether.knobs import Words
 from tether.loading import Source, require_there
 from tether.models import LanguagePolicy
 from tether.recipe_files import load_recipe, read_recipe
@@ -36,37 +40,52 @@ TRIES = 3
 """At the last checkpoint of a run that is being trained, which may be gone by the time that it is read."""
 
 
-def main(
-    run: str,
-    /,
-    root: Path = ROOT,
-    num_processes: int | None = None,
-    model: str | None = None,
-    prompts: str | None = None,
-    reward: str | None = None,
-) -> int:
-    """Go on with a run that was stopped or killed, as if it never had been.
+KNOBS = FREE
+"""Sections of the knobs that a run may go on with otherwise."""
 
-    Args:
-        run: The run's name below `root`, or the path of its folder.
-        root: The folder that holds the run folders.
-        num_processes: Processes that share it from here on; by default as many as before.
-        model: The SFT checkpoint, where it no longer lies where the run found it.
-        prompts: The training prompts, where they lie elsewhere by now.
-        reward: The reward, where it lies elsewhere by now.
-    """
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of `tether resume` beside the knobs."""
+
+    run: Positional[str]
+    """The run's name below `root`, or the path of its folder."""
+    root: Path = ROOT
+    """The folder that holds the run folders."""
+    num_processes: int | None = None
+    """Processes that share it from here on; by default as many as before."""
+    model: str | None = None
+    """The SFT checkpoint, where it no longer lies where the run found it."""
+    prompts: str | None = None
+    """The training prompts, where they lie elsewhere by now."""
+    reward: str | None = None
+    """The reward, where it lies elsewhere by now."""
+
+    def changes(self) -> list[tuple[str, object]]:
+        """Knobs that say where something lies by now, with its place."""
+        places = {"model.source": self.model, "data.prompts": self.prompts, "reward.source": self.reward}
+        return [(name, place) for name, place in places.items() if place is not None]
+
+    def words(self) -> list[str]:
+        """As a command line, for another process; without `num_processes`, as the folder's path."""
+        given = {"model": self.model, "prompts": self.prompts, "reward": self.reward}
+        flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
+        return ["resume", str(find_run(self.run, self.root)), *flags]
+
+
+def main(flags: Flags, overrides: Sequence[tuple[str, Words]] = ()) -> int:
+    """Go on with a run that was stopped or killed, as if it never had been; with other workers where knobs say so."""
     prepare_process()
     console = console_for_output()
-    found = find_run(run, root)
-    names = {"model.source": model, "data.prompts": prompts, "reward.source": reward}
-    moved = [(name, place) for name, place in names.items() if place is not None]
-    settings, _ = read_recipe(str(found / CONFIG_FILE), moved)
-    processes = settings.runtime.processes if num_processes is None else num_processes
+    found = find_run(flags.run, flags.root)
+    settings, notes = read_recipe(str(found / CONFIG_FILE), [*flags.changes(), *overrides])
+    processes = settings.runtime.processes if flags.num_processes is None else flags.num_processes
     if processes > 1 and not is_launched():
-        given = {"num-processes": str(processes), "model": model, "prompts": prompts, "reward": reward}
-        flags = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
-        return launch(processes, ["resume", str(found), *flags])
+        knobs = [word for name, words in overrides for word in (f"--{name}", *words)]
+        return launch(processes, [*flags.words(), "--num-processes", str(processes), *knobs])
     settings = settings.with_processes(processes)
+    if is_first():
+        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     if settings.model.source is not None:
         require_source(found, settings.model.source)
     with joined() as ranks:
