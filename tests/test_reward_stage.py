@@ -120,3 +120,9 @@ def test_own_replies_are_the_checkpoints_and_go_round_the_prompts(model: Path) -
 
 def test_the_size_of_a_body_is_that_of_its_weights(model: Path) -> None:
     assert parameter_count(model) == AutoModelForCausalLM.from_pretrained(model).num_parameters()
+
+
+@pytest.mark.parametrize(("replies", "tokens"), [(0, 3), (2, 0), (2, -3)])
+def test_replies_of_no_length_are_refused(replies: int, tokens: int, model: Path) -> None:
+    with pytest.raises(InputError, match=f"got replies={replies} and max_new_tokens={tokens}; wanted at least 1 of"):
+        own_replies(model, ["w5"], replies, max_new_tokens=tokens)

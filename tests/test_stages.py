@@ -80,6 +80,7 @@ def test_sft_takes_a_chat_template_from_a_file(model: Path, tmp_path: Path) -> N
         ([], [], "holds no demonstration"),
         ([{"question": "a", "answer": "b"}], [], "Did you mean prompt_column='question', completion_column='answer'?"),
         (demonstrated(2), ["--epochs", "0"], "epochs=0; wanted 1 or more"),
+        (demonstrated(2), ["--learning-rate", "inf"], "learning_rate=inf; wanted a finite number above 0"),
         (demonstrated(2), ["--max-tokens", "2"], "demonstration 1 has 3 tokens; at most 2 fit"),
     ],
 )
@@ -220,6 +221,11 @@ def test_reward_with_its_twin_writes_both_and_prints_one_object(
         (["--reference-samples", "1"], "reference_samples is 1; wanted 2 or more, or 0 for the responses of the pairs"),
         (["--reference-samples", "-4"], "reference_samples is -4; wanted 2 or more"),
         (["--heldout", "0"], "wanted at least 2 groups and 0 < heldout < 1"),
+        (["--learning-rate", "0"], "got learning_rate=0.0; wanted a finite number above 0"),
+        (["--learning-rate", "inf"], "got learning_rate=inf; wanted a finite number above 0"),
+        (["--top-layers", "0"], "top_layers is 0 and the model has 3 layers; wanted 1 … 3"),
+        (["--top-layers", "4"], "top_layers is 4 and the model has 3 layers; wanted 1 … 3"),
+        (["--top-layers", "1", "--all-weights"], "got --all-weights and --top-layers 1; wanted one of them"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_is_drawn_or_learned(
@@ -307,6 +313,7 @@ def test_the_help_has_the_line_of_each_flag(
         (["--data", "p.jsonl"], "wanted --model M --data FILE"),
         (["--data", "p.jsonl", "--world", "nano"], "and not both"),
         (["--model", "m", "--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--world", "nano", "--limit", "5", "--reference", "m"], "on their responses; leave out --limit, --reference"),
     ],
 )
 def test_reward_wants_one_source_of_comparisons(

@@ -8,7 +8,7 @@ Hugging Face folder whole or not at all, and says what came of it, with `--json`
 from __future__ import annotations
 
 import json as jsonlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -43,6 +43,12 @@ MOST_SEEN, FEWEST_EPOCHS = 16_000, 2
 """Where the number of passes is chosen, so many comparisons are seen at most, or so many passes are made."""
 FEW_PAIRS = 500
 """Below so many, the number of passes is chosen on any body: two of sixty pairs are fifteen steps."""
+
+OF_DATA = (
+    "split", "subset", "prompt_column", "chosen_column", "rejected_column", "limit", "too_long", "reference",
+    "reference_samples", "max_new_tokens",
+)  # fmt: skip
+"""Flags that say something of comparisons of one's own alone."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,15 @@ def _check(flags: Flags) -> None:
     """Raise ConfigError where the flags leave open what is learned, or what the score is normalised on."""
     if (flags.data is None) == (flags.world is None) or (flags.data is not None and flags.model is None):
         raise ConfigError("wanted --model M --data FILE, or --world nano or smollm2, and not both")
+    usual = {field.name: field.default for field in fields(flags)}
+    idle = [name for name in OF_DATA if flags.world is not None and getattr(flags, name) != usual[name]]
+    if idle:
+        raise ConfigError(
+            f"--world {flags.world} samples its own comparisons and is normalised on their responses; leave out "
+            + ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        )
+    if flags.all_weights and flags.top_layers is not None:
+        raise ConfigError(f"got --all-weights and --top-layers {flags.top_layers}; wanted one of them")
     if flags.reference_samples == 1 or flags.reference_samples < 0:
         raise ConfigError(
             f"reference_samples is {flags.reference_samples}; wanted 2 or more, or 0 for the responses of the pairs"
@@ -175,14 +190,22 @@ def _training(flags: Flags, given: _Given) -> RewardTraining:
         "seed": flags.seed, "validation": 0.0 if flags.validation is None and passes_said else flags.validation,
     }  # fmt: skip
     known = {name: value for name, value in said.items() if value is not None}
-    layers = None if flags.all_weights else flags.top_layers or _layers(given)
+    layers = None if flags.all_weights else _layers(flags.top_layers, given)
     return replace(given.usual, top_layers=layers, **known)  # type: ignore[arg-type]
 
 
-def _layers(given: _Given) -> int | None:
-    """As many as are usual, or all above the trunk that the model has; None where all weights are usual."""
+def _layers(said: int | None, given: _Given) -> int | None:
+    """As many as were said, else as are usual or the model has; None where all weights are usual.
+
+    Raises ConfigError where the model has not as many as were said.
+    """
     usual = given.usual.top_layers
-    return None if usual is None else min(usual, layer_count(given.base))
+    if said is None:
+        return None if usual is None else min(usual, layer_count(given.base))
+    count = layer_count(given.base)
+    if not 1 <= said <= count:
+        raise ConfigError(f"top_layers is {said} and the model has {count} layers; wanted 1 … {count}")
+    return said
 
 
 def _learn(flags: Flags, given: _Given, console: Console) -> LearnedReward:

@@ -13,6 +13,7 @@ that a report measures are others. Knows no head and no report. Read next: `rewa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,6 +69,8 @@ class RewardTraining:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_pairs < 1:
             raise InputError(f"got epochs={self.epochs} and batch_pairs={self.batch_pairs}; wanted at least 1 of each")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise InputError(f"got learning_rate={self.learning_rate}; wanted a finite number above 0, such as 1e-4")
         if not 0.0 <= self.validation <= 0.5:
             raise InputError(f"got validation={self.validation}; wanted a share from 0 to 0.5, such as 0.2")
 

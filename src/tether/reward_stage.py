@@ -257,8 +257,10 @@ def own_replies(
     """So many prompts in a seeded order, and what the checkpoint replies to them at temperature 1.
 
     A reply has at most `max_new_tokens`, and half of the checkpoint's context; prompts that leave no room for that are
-    passed over. Raises InputError where none is left.
+    passed over. Raises InputError where none is left, and where no reply or no token is asked for.
     """
+    if replies < 1 or max_new_tokens < 1:
+        raise InputError(f"got replies={replies} and max_new_tokens={max_new_tokens}; wanted at least 1 of each")
     policy = load_policy(base, tokenizer, mode="top", top_layers=min(1, layer_count(base)), dtype=dtype, device=device)
     distinct = PromptSet(tuple({repr(prompt): prompt for prompt in prompts}.values()))
     length = min(max_new_tokens, policy.context // 2)

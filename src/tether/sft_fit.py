@@ -70,8 +70,8 @@ class Finetuning:
         wrong = [f"{name}={value}; wanted 1 or more" for name, value in counts.items() if value < 1]
         wrong += [f"{name}={getattr(self, name)}; wanted 0 ≤ {name} < 1" for name in ("warmup", "heldout")
                   if not 0.0 <= getattr(self, name) < 1.0]  # fmt: skip
-        if self.learning_rate is not None and not self.learning_rate > 0.0:
-            wrong.append(f"learning_rate={self.learning_rate}; wanted more than 0")
+        if self.learning_rate is not None and not 0.0 < self.learning_rate < math.inf:
+            wrong.append(f"learning_rate={self.learning_rate}; wanted a finite number above 0")
         if self.schedule not in ("cosine", "linear", "constant"):
             wrong.append(f"schedule={self.schedule!r}; wanted 'cosine', 'linear' or 'constant'")
         if self.mode not in DEFAULT_RATES:
