@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 import tether
 from tether import cli
 from tether.api import TrainedRun
+from tether.config import RunSettings
 from tether.errors import ConfigError, InputError, ModelError, OutOfMemory, RewardError, RunError
 from tether.models import LanguagePolicy
 from tether.store import RunStore
@@ -221,6 +222,55 @@ def test_all_faults_of_the_keywords_come_together(here: Path) -> None:
     with pytest.raises(ConfigError, match=r"no model.source .* no data.prompts .* no reward.source"):
         tether.train()
     assert not Path("runs").exists()
+
+
+def test_groups_of_knobs_are_given_as_in_a_recipe(here: Path, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tether.train(policy="x", reward=different_words, prompts=PROMPTS, evaluation={"prompts": 0, "evry": 1}, ppo=3)
+    for expected in (
+        "3 faults",
+        "evaluation.prompts: got 0",
+        "did you mean evaluation.every",
+        "ppo: got 3; wanted knobs",
+    ):
+        assert expected in str(caught.value)
+    given = {"evaluation": {"prompts": 3}, "model": {"gradient_checkpointing": True}, "report_to": None} | SMALL
+    run = tether.train(policy=checkpoint, reward=different_words, prompts=PROMPTS, steps=1, **given)
+    assert (run.settings.evaluation.prompts, run.settings.model.source) == (3, str(checkpoint))
+    assert run.settings.model.gradient_checkpointing
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"policy": torch.nn.Linear(1, 1)}, "policy is Linear; wanted a folder, .*=model.merge_and_unload"),
+        (
+            {"tokenizer": "org/model"},
+            r"wanted the tokenizer itself: tokenizer=AutoTokenizer.from_pretrained\('org/model'",
+        ),
+    ],
+)
+def test_an_object_of_another_kind_is_named(here: Path, given: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        tether.train(**({"policy": build("llama"), "reward": different_words, "prompts": PROMPTS} | given))
+
+
+def test_runs_of_one_second_that_nobody_named_are_several(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def make(settings: RunSettings, root: Path, name: str, *_: object) -> TrainedRun:
+        (root / name).mkdir(parents=True)
+        made.append(name)
+        return TrainedRun(root / name, settings)
+
+    monkeypatch.setattr("tether.api.carry_out", make)
+    monkeypatch.setattr("time.strftime", lambda *_: "now")
+    for _ in range(2):
+        tether.train(policy="x", reward=different_words, prompts=PROMPTS)
+    assert made == ["now", "now-2"]
+    with pytest.raises(RunError, match="now-2 exists"):
+        tether.train(policy="x", reward=different_words, prompts=PROMPTS, name="now-2")
 
 
 @pytest.mark.parametrize("mode", ["full", "top"])

@@ -77,7 +77,7 @@ def train(
     holdout: object | None = None,
     name: str | None = None,
     root: str | Path = "runs",
-    report_to: Sequence[object] | str = (),
+    report_to: Sequence[object] | str | None = (),
     quiet: bool = False,
     **knobs: object,
 ) -> TrainedRun:
@@ -109,7 +109,8 @@ def _begin(
     console = Console(quiet=True) if quiet else console_for_output()
     for note in notes:
         console.print(note, soft_wrap=True)
-    return carry_out(settings, root, free_name(root, name or time.strftime("run-%Y%m%d-%H%M%S")), console, brought)
+    chosen = free_name(root, name or time.strftime("run-%Y%m%d-%H%M%S"), numbered=not name)
+    return carry_out(settings, root, chosen, console, brought)
 
 
 def carry_out(
@@ -142,7 +143,19 @@ class _Given:
     heldout: object | None
     judge: object | None
     holdout: object | None
-    report_to: Sequence[object] | str
+    report_to: Sequence[object] | str | None
+
+    def __post_init__(self) -> None:
+        if self.policy is not None and not isinstance(self.policy, str | Path | PreTrainedModel):
+            raise ConfigError(
+                f"policy is {type(self.policy).__name__}; wanted a folder, a name on the hub or a PreTrainedModel of "
+                "transformers; one with PEFT adapters: policy=model.merge_and_unload()"
+            )
+        if isinstance(self.tokenizer, str | Path):
+            raise ConfigError(
+                f"tokenizer is {str(self.tokenizer)!r}; wanted the tokenizer itself: "
+                f"tokenizer=AutoTokenizer.from_pretrained({str(self.tokenizer)!r})"
+            )
 
     @property
     def brought(self) -> Brought:
@@ -171,7 +184,7 @@ class _Given:
 
     @property
     def _trackers(self) -> list[object]:
-        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        return [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
 
 
 def _object(given: object | None) -> object | None:

@@ -242,7 +242,10 @@ class _Reading:
         """Take in knobs that win over those of the recipe."""
         self.names.clear()
         for name, value in overrides:
-            self._take(find_knob(name), name, value)
+            if name in sections() and (isinstance(value, Mapping) or name not in SHORT):
+                self.flatten({name: value}, "")  # a group, as a recipe says it
+            else:
+                self._take(find_knob(name), name, value)
 
     def _take(self, found: Named | Fault, name: str, value: object) -> None:
         if isinstance(found, Fault):
@@ -349,5 +352,7 @@ def _members(section: str) -> str:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, Words):
+        value = " ".join(value)
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"

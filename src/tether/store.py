@@ -307,10 +307,14 @@ def check_name(name: str) -> str:
     )
 
 
-def free_name(root: Path, name: str) -> str:
+def free_name(root: Path, name: str, *, numbered: bool = False) -> str:
     """The name, if a run can be made under it. Raises InputError, and RunError where it is taken or nothing can be
     written below `root`, before anything is loaded or trained.
+
+    `numbered`: a name that nobody chose; it gets a number behind it where it is taken.
     """
+    if numbered:
+        name = next(free for free in (name, *map(f"{name}-{{}}".format, range(2, 1000))) if not (root / free).exists())
     path = root / check_name(name)
     if path.exists():
         raise RunError(

@@ -41,7 +41,7 @@ def main(flags: Flags, overrides: Sequence[tuple[str, Words]]) -> int:
     """Train one policy by PPO; everything lands in ROOT/NAME."""
     settings, notes, recipe = choose(flags.recipe, overrides)
     fault = check_fault(flags.fault)
-    name = free_name(flags.root, flags.name or generic_name(recipe, settings))
+    name = free_name(flags.root, flags.name or generic_name(recipe, settings), numbered=not flags.name)
     from tether.api import carry_out
     from tether.faults import faulty_settings, planted
     from tether.runtime.processes import launch
