@@ -221,7 +221,7 @@ def show(report: Report, console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     (short, long), (some, fewer) = report.length, report.distinct_2
-    console.print(f"KL {report.kl:.2f} ± {report.kl_se:.2f} nats per response", soft_wrap=True)
+    console.print(f"KL {report.kl:z.2f} ± {report.kl_se:.2f} nats per response", soft_wrap=True)
     console.print(f"length {short:.1f} → {long:.1f} tokens, distinct-2 {some:.2f} → {fewer:.2f}", soft_wrap=True)
     for best in report.best_of:
         gold = "" if best.gold != best.gold else f", gold {best.gold:+.3f}"

@@ -100,7 +100,7 @@ def _table(points: Sequence[Point]) -> Table:
         table.add_column(head, justify="left" if head == "a reply" else "right", no_wrap=head != "a reply")
     for p in points:
         table.add_row(
-            f"{p.beta:g}", f"{p.score:+.2f} ± {p.score_se:.2f}", f"{p.kl:.2f} ± {p.kl_se:.2f}", f"{p.gold:+.2f}",
+            f"{p.beta:g}", f"{p.score:+.2f} ± {p.score_se:.2f}", f"{p.kl:z.2f} ± {p.kl_se:.2f}", f"{p.gold:+.2f}",
             f"{p.distinct_2:.2f}", p.text,
         )  # fmt: skip
     return table
