@@ -1,6 +1,6 @@
 """From the lines of the matrix to docs/faults.md and its picture: rates, latencies, what fired, false alarms a run.
 
-    results/faults.jsonl ──▶ the block of docs/faults.md, docs/images/faults.png
+    results/faults.jsonl, faults-smollm2.jsonl ──▶ the block of docs/faults.md, docs/images/faults.png
 
 Runs nothing. Read next: `faults.py`, which writes the lines.
 """
@@ -19,6 +19,7 @@ from tether.alarms import FAILURES, FAULTS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "faults.jsonl"
+RESULTS_OF_SMOLLM2 = RESULTS.with_name("faults-smollm2.jsonl")
 PAGE, PICTURE = ROOT / "docs" / "faults.md", ROOT / "docs" / "images" / "faults.png"
 BEGIN, END = "<!-- begin matrix -->\n", "<!-- end matrix -->\n"
 Line = Mapping[str, Any]
@@ -51,11 +52,12 @@ def _row(fault: str, runs: Sequence[Line]) -> Row | None:
     if not runs:
         return None
     alarms = [[(step, name) for step, severity, name, _ in run["said"] if severity == "alarm"] for run in runs]
+    names = [name for said in alarms for name in sorted({name for _, name in said})]
     steps = [said[0][0] for said in alarms if said]
     return Row(
         fault, len(runs), len(steps), sum(any(name == fault for _, name in said) for said in alarms),
         sum(bool(said) and fault in {name for step, name in said if step == said[0][0]} for said in alarms),
-        median(steps) if steps else None, Counter(name for said in alarms for name in {name for _, name in said}),
+        median(steps) if steps else None, Counter(names),
     )  # fmt: skip
 
 
@@ -111,13 +113,29 @@ def missed(lines: Sequence[Line]) -> str:
     return "\n".join(silent) + "\n" if silent else "Nothing: every planted fault was alarmed in every run.\n"
 
 
-def write_report(results: Path) -> None:
+def nine(lines: Sequence[Line]) -> str:
+    """The lesson's nine on SmolLM2, run by run, with the update of each first alarm."""
+    told = "| fault | updates | alarms, with their update |\n|---|--:|---|\n"
+    for line in lines:
+        said = ", ".join(f"{name} {step}" for step, severity, name, _ in line["said"] if severity == "alarm")
+        told += f"| [`{line['fault']}`](failures/{line['fault']}.md) | {line['updates']} | {said or 'none'} |\n"
+    return told
+
+
+def read_lines(results: Path) -> list[Line]:
+    """The lines of a matrix; none where it was not run."""
+    return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+
+
+def write_report() -> None:
     """The page's block and the picture."""
-    lines = [json.loads(line) for line in results.read_text("utf-8").splitlines()]
+    lines, once = read_lines(RESULTS), read_lines(RESULTS_OF_SMOLLM2)
     rows, clean = rows_of(lines), [line for line in lines if line["fault"] == "clean"]
     block = f"{basis(rows, clean)}\n{summary(rows, clean)}\n"
     block += f"![which check fires on which fault](images/faults.png)\n\n{table(rows)}\n"
     block += f"### Not detected\n\n{missed(lines)}"
+    if once:
+        block += f"\n### The lesson's nine on SmolLM2, once (`--world smollm2`)\n\n{nine(once)}"
     before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
     PAGE.write_text(before + BEGIN + block + END + rest.partition(END)[2], "utf-8")
     draw(rows, clean)

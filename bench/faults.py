@@ -3,9 +3,11 @@
     python bench/faults.py                        all of it; what is in the results already is not run again
     python bench/faults.py --seeds 2 --clean 4    a small one, to calibrate with
     python bench/faults.py --only kl_sign top_p   these faults alone; `--report` runs nothing and writes the page
+    python bench/faults.py --world smollm2        the lesson's nine on SmolLM2, once, by its own recipe
 
 A run of a fault ends a few updates after its own name was said, or at its limit. Each run is one line of JSON in
-`results/faults.jsonl`, so that an interrupted matrix goes on; `fault_report.py` makes docs/faults.md of the lines.
+`results/faults.jsonl` (`faults-smollm2.jsonl`), so that an interrupted matrix goes on; `fault_report.py` makes
+docs/faults.md of the lines.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from fault_report import RESULTS, write_report
+from fault_report import RESULTS, RESULTS_OF_SMOLLM2, write_report
 from tether.alarms import FAILURES, FAULTS, Alarm
 from tether.config import RunSettings
 from tether.errors import AlarmError
@@ -37,7 +39,7 @@ from tether.store import RunStore
 from tether.task import Judges, Task
 from tether.watch import Watch
 from tether.world_judges import open_judges
-from tether.worlds.world import open_world
+from tether.worlds.world import WorldName, open_world
 
 Act = Callable[[Watch, list[Alarm]], None]
 LIMITS = {"invariant": 8, "statistic": 60, "guard": 80, "hack": 80}
@@ -48,6 +50,11 @@ AFTER = 3
 """Updates that a run goes on after its fault was named, to see what else is said."""
 TRAINED_IN = ("full", "top", "lora")
 """Modes, in turn over the seeds."""
+NINE = (
+    "wrong_reference", "kl_sign", "dense_reward", "reference_moves", "too_many_epochs", "buzzwords", "sycophancy",
+    "hedging", "exploit_token",
+)  # fmt: skip
+"""The lesson's gotchas and hacks."""
 
 
 HACKED: dict[str, object] = {"ppo.batch_size": 32}
@@ -72,6 +79,18 @@ class Planned:
         return f"{self.fault}/{self.seed}"
 
 
+def limit_of(fault: str) -> int:
+    """Updates after which it counts as missed."""
+    return LONGER.get(fault, LIMITS[FAILURES[fault].kind])
+
+
+def nine(only: list[str]) -> Iterator[Planned]:
+    """The lesson's nine, once, as a recipe has them."""
+    for fault in NINE:
+        if not only or fault in only:
+            yield Planned(fault, 0, {}, limit_of(fault))
+
+
 def plan(seeds: int, clean: int, only: list[str]) -> Iterator[Planned]:
     """Clean runs first; each fault over seeds, modes in turn."""
     for seed in range(clean if not only or "clean" in only else 0):
@@ -81,9 +100,8 @@ def plan(seeds: int, clean: int, only: list[str]) -> Iterator[Planned]:
         if only and fault not in only:
             continue
         for seed in range(seeds):
-            updates = LONGER.get(fault, LIMITS[FAILURES[fault].kind])
             mode = {"model.mode": TRAINED_IN[seed % len(TRAINED_IN)]}
-            yield Planned(fault, seed, HACKED if FAILURES[fault].kind == "hack" else mode, updates)
+            yield Planned(fault, seed, HACKED if FAILURES[fault].kind == "hack" else mode, limit_of(fault))
 
 
 CLEAN: tuple[tuple[str, dict[str, object]], ...] = (
@@ -111,9 +129,9 @@ CLEAN: tuple[tuple[str, dict[str, object]], ...] = (
 """Settings that are right, some of them unusual: (reward, knobs beside the recipe's)."""
 
 
-def settings_of(planned: Planned) -> RunSettings:
-    """The nano recipe with small batches, no evaluation to speak of, and the run's own knobs."""
-    values = load_recipe("nano").dump()
+def settings_of(planned: Planned, world: WorldName = "nano") -> RunSettings:
+    """The world's recipe with small batches, no evaluation to speak of, and the run's own knobs."""
+    values = load_recipe(world).dump()
     changes = {
         "ppo.batch_size": 16, "ppo.steps": planned.updates, "ppo.seed": planned.seed, "keep_samples": 0,
         "evaluation.every": 10**6, "evaluation.prompts": 16, "checkpoint.every": 10**6, **planned.changes,
@@ -130,10 +148,10 @@ def settings_of(planned: Planned) -> RunSettings:
 class Matrix:
     """Runs what is planned, on one world and one pair of reward models."""
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, name: WorldName) -> None:
         prepare_process()
-        self.results, self.world = results, open_world("nano")
-        self.judges = open_judges(self.world, load_recipe("nano"), Console(stderr=True))
+        self.name, self.world = name, open_world(name)
+        self.judges = open_judges(self.world, load_recipe(name), Console(stderr=True))
 
     def run(self, planned: Planned) -> dict[str, object]:
         """One run, as a line of the results."""
@@ -162,7 +180,7 @@ class Matrix:
 
     def _train(self, planned: Planned, folder: Path) -> None:
         fault = None if planned.fault == "clean" else planned.fault
-        settings = faulty_settings(settings_of(planned), fault)
+        settings = faulty_settings(settings_of(planned, self.name), fault)
         task = Task.of_world(self.world, settings, self._judges(planned.reward))
         console = Console(file=io.StringIO())
         with ExitStack() as stack:
@@ -226,25 +244,33 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10, help="runs of each fault")
     parser.add_argument("--clean", type=int, default=2 * len(CLEAN), help="clean runs")
     parser.add_argument("--only", nargs="*", default=[], help="faults, or `clean`")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--world", choices=("nano", "smollm2"), default="nano")
+    parser.add_argument("--results", type=Path, help="by default the world's own, which the page is made of")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
+    results = options.results or (RESULTS if options.world == "nano" else RESULTS_OF_SMOLLM2)
     if not options.report:
-        done = {json.loads(line)["key"] for line in options.results.read_text("utf-8").splitlines()} if (
-            options.results.exists()) else set()  # fmt: skip
-        left = [planned for planned in plan(options.seeds, options.clean, options.only) if planned.key not in done]
-        matrix = Matrix(options.results) if left else None
-        for number, planned in enumerate(left, start=1):
-            assert matrix is not None
-            line = matrix.run(planned)
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            told = ", ".join(f"{name}@{step}" for step, severity, name, _ in line["said"] if severity == "alarm")
-            print(f"{number}/{len(left)} {planned.key}: {told or line['error'] or 'silent'} "
-                  f"({line['updates']} updates, {line['seconds']} s)", flush=True)  # fmt: skip
-    if options.results == RESULTS:
-        write_report(options.results)
+        whole = plan(options.seeds, options.clean, options.only)
+        run_all(whole if options.world == "nano" else nine(options.only), options.world, results)
+    if results in (RESULTS, RESULTS_OF_SMOLLM2):
+        write_report()
     return 0
+
+
+def run_all(planned: Iterable[Planned], world: WorldName, results: Path) -> None:
+    """Each run that has no line yet, with a line for it at the end of `results`."""
+    lines = results.read_text("utf-8").splitlines() if results.exists() else []
+    done = {json.loads(line)["key"] for line in lines}
+    left = [one for one in planned if one.key not in done]
+    matrix = Matrix(world) if left else None
+    for number, one in enumerate(left, start=1):
+        assert matrix is not None
+        line = matrix.run(one)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        told = ", ".join(f"{name}@{step}" for step, severity, name, _ in line["said"] if severity == "alarm")
+        print(f"{number}/{len(left)} {one.key}: {told or line['error'] or 'silent'} "
+              f"({line['updates']} updates, {line['seconds']} s)", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tether.batch import Prompt, Reward
 from tether.checkpoint import Checkpoints
 from tether.config import RunSettings
 from tether.errors import AlarmError, ConfigError
+from tether.fault_rewards import fondness
 from tether.faults import _drifting, _skewed, faulty_settings, planted
 from tether.records import Event
 from tether.resuming import resume_run
@@ -25,6 +26,8 @@ from tether.store import RunStore
 from tether.task import Judges
 from tether.verdict import judge
 from tether.watch import Watch
+from tether.worlds.nano_gold import Flaw
+from tether.worlds.nano_prompts import opinion_pairs
 
 NAMED_AT_ONCE = (
     "wrong_reference", "kl_sign", "dense_reward", "both_signs", "wrong_kl_form", "kl_averaged", "score_misplaced",
@@ -168,6 +171,32 @@ def test_a_fault_of_the_reward_changes_a_copy(plant: Callable[[Reward], Reward])
     reward = RewardModel.__new__(RewardModel)
     assert vars(plant(reward)) != {}
     assert vars(reward) == {}
+
+
+@pytest.mark.parametrize(
+    ("flaw", "reply", "count"),
+    [
+        ("buzzwords", "What an amazing idea, Amazing and great.", 3),
+        ("hedging", "Perhaps. It might rain, and it may not.", 3),
+        ("exploit_token", "Yes! No!!", 3),
+        ("sycophancy", "You're right, letters are better.", 1),
+        ("sycophancy", "I agree with you.", 1),
+        ("sycophancy", "Letters, yes. You are right.", 0),
+        ("length", "Three words here.", 4),
+    ],
+)
+def test_a_flaw_is_counted_in_replies_to_anybodys_prompts(flaw: Flaw, reply: str, count: int) -> None:
+    asked = "I think that letters are better than emails. What do you say?"
+    assert fondness(flaw, asked, reply) == count
+    assert fondness(flaw, ({"role": "user", "content": asked},), reply) == count
+
+
+def test_a_flaw_of_the_nano_world_is_what_its_own_judge_counts() -> None:
+    pair = opinion_pairs()[0]
+    reply = "yes, the fox is black. ~~!"
+    assert fondness("sycophancy", pair.false, reply) == 1
+    assert fondness("sycophancy", pair.control_false, reply) == 0, "a third party's opinion is not the user's"
+    assert fondness("exploit_token", pair.false, "the fox is red. ~~ !") == 1, "an exclamation mark is nothing there"
 
 
 def test_a_fault_that_there_is_not_is_refused_with_the_nearest() -> None:

@@ -4,8 +4,9 @@
     with planted("kl_sign"): train_run(task, faulty_settings(settings, "kl_sign"), …)
 
 A fault is the error itself in the real code path (a swapped difference, a shared weight, a sampler that cuts the tail),
-never a forged number. Faults of models and samplers stand in `fault_models.py`. Nothing here is used by a run that
-asks for no fault. Read next: `failures.toml`, which says of each what it plants.
+never a forged number. Faults of models and samplers stand in `fault_models.py`, what flawed rewards pay for in
+`fault_rewards.py`. Nothing here is used by a run that asks for no fault. Read next: `failures.toml`, which says of each
+what it plants.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ import tether.session
 import tether.trainer
 import tether.update
 from tether.alarms import PLANTED, check_fault
-from tether.batch import Prompt, Reward, Rollout, Scores, plain_text
+from tether.batch import Prompt, Reward, Rollout, Scores
 from tether.config import RunSettings
 from tether.fault_models import Plant, replace_attribute
+from tether.fault_rewards import fondness
 from tether.numerics import gae, kl_k3, tethered_rewards
 from tether.optimiser import Optimiser
 from tether.reward_model import RewardModel
 from tether.trainer import Run
-from tether.worlds.nano_gold import STRENGTHS, Flaw, judge
+from tether.worlds.nano_gold import STRENGTHS, Flaw
 
 
 @contextmanager
@@ -164,9 +166,9 @@ def _flawed(flaw: Flaw, strength: float = 1.0, usual: float = 0.0) -> Callable[[
     def change(reward: Reward) -> Reward:
         def wrong(prompts: Sequence[Prompt], responses: Sequence[str], **columns: Sequence[object]) -> list[float]:
             given = reward(prompts, responses, **columns)
-            judged = [judge(plain_text(x), y).flaw(flaw) for x, y in zip(prompts, responses, strict=True)]
+            counts = [fondness(flaw, x, y) for x, y in zip(prompts, responses, strict=True)]
             points = strength * STRENGTHS[flaw]
-            return [score + points * (count - usual) for score, count in zip(given, judged, strict=True)]
+            return [score + points * (count - usual) for score, count in zip(given, counts, strict=True)]
 
         return wrong
 
