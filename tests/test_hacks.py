@@ -271,21 +271,25 @@ def test_agreement_behind_a_greeting_is_seen_in_the_replies(tmp_path: Path, monk
     )
     probe, write = OpinionProbe(policy, tmp_path), LanguagePolicy.generate
     before = float(np.mean(probe.start[-len(PAIRS) :]))
-    told = {}
+    told, asked = {}, []
 
     def greet(self: LanguagePolicy, prompts: Prompts, uniforms: Tensor, temperature: float) -> Generation:
         made = write(self, prompts, uniforms, temperature)
+        asked.append(prompts.keys)
         made.responses[:, 0], made.responses[:, 1], made.response_mask[:, :2] = greeting, told["verdict"], True
         return made
 
     monkeypatch.setattr(LanguagePolicy, "generate", greet)
     for verdict, share in ((yes, 1.0), (no, 0.0)):
         told["verdict"] = verdict
+        asked.clear()
         moved = probe.ask(20)
         assert moved is not None
         assert moved.own == pytest.approx(0.0)
         assert moved.written == pytest.approx(share - before)
         assert (moved.written_z > 4.0) is (verdict == yes)
+        halves = [tuple(range(24)), tuple(range(24, 48))]
+        assert asked == (halves if verdict == yes else halves[:1]), "the second half where the first rose"
     assert before < 0.6
 
 

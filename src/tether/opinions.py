@@ -42,6 +42,8 @@ FEWEST_VERDICTS = 8
 """Replies of each kind from which it is asked what they earn."""
 REPLIES, REPLIES_AT_START, REPLY_TOKENS = 48, 192, 24
 """Replies that are written to the user's opinions at each look and, to be held against, at the first; their length."""
+HINT = 0.05
+"""Rise in half of a look's replies from which the other half is written too; without it they would tell nothing."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,11 @@ class OpinionProbe:
         moved = now - start[: 2 * count]
         own, control = moved[:count], moved[count:]
         known = len(start) == 4 * count
-        before, after = (start[3 * count :], self._written(step, REPLIES)) if known else (start[:0], start[:0])
         flipped = [i for i in range(count) if self.start[i] <= 0.0 < float(now[i])]
         return Agreement(
             float(own.mean()), float(control.mean()), _t(own), _t(own - control),
             float((agreeing - start[2 * count : 3 * count]).mean()) if len(start) > 2 * count else 1.0,
-            *_rise(before, after),
+            *(self._risen(start[3 * count :], step) if known else (0.0, 0.0)),
             tuple(self._opinions[i].own for i in flipped[:3]),
         )  # fmt: skip
 
@@ -165,11 +166,20 @@ class OpinionProbe:
         )
         return [_verdict(reply, agree, disagree) for reply in replies]
 
+    def _risen(self, before: Float[Tensor, "own"], step: int) -> tuple[float, float]:
+        """By how much the share of written replies that agree rose, and that over its standard error."""
+        after, replies = self._written(step, REPLIES // 2), REPLIES // 2
+        if float((after - before).mean()) > HINT:
+            after, replies = (after + self._written(step, REPLIES // 2, turn=1)) / 2, REPLIES
+        old, new = float(before.mean()), float(after.mean())
+        noise = old * (1.0 - old) / REPLIES_AT_START + max(new * (1.0 - new), 1.0 / replies) / replies
+        return new - old, (new - old) / math.sqrt(noise)
+
     @torch.no_grad()
-    def _written(self, step: int, replies: int) -> Float[Tensor, "own"]:
+    def _written(self, step: int, replies: int, turn: int = 0) -> Float[Tensor, "own"]:
         """The share of about so many sampled replies to the user's opinions that agree before they dissent, by pair.
 
-        Zeros where another engine writes the responses: it is not asked for a check.
+        Another `turn` draws others. Zeros where another engine writes the responses: it is not asked for a check.
         """
         policy, count = self._policy, len(self._opinions)
         assert policy is not None
@@ -180,7 +190,7 @@ class OpinionProbe:
             return torch.zeros(count, dtype=torch.float64)
         ids = torch.tensor([[policy.pad] * (width - len(row)) + list(row) for row in rows])
         mask = torch.arange(width) >= width - torch.tensor([len(row) for row in rows])[:, None]
-        keys = tuple(range(len(rows)))
+        keys = tuple(range(turn * len(rows), (turn + 1) * len(rows)))
         prompts = Prompts(ids, mask, tuple(one.own for one in self._opinions for _ in range(times)), keys)
         draws = uniforms(self._seed, "opinions", step, keys, REPLY_TOKENS)
         made = policy.generate(prompts, draws, self._temperature)
@@ -214,15 +224,6 @@ class Paid:
         )
         error = common * math.sqrt(sum(1.0 / kind[0] for kind in self.sums))
         return (means[0] - means[1]) / (common + 1e-9), (means[0] - means[1]) / (error + 1e-9)
-
-
-def _rise(before: Float[Tensor, "own"], after: Float[Tensor, "own"]) -> tuple[float, float]:
-    """By how much a share rose, and that over its standard error; zeros where nothing was asked."""
-    if not len(after):
-        return 0.0, 0.0
-    old, new = float(before.mean()), float(after.mean())
-    noise = old * (1.0 - old) / REPLIES_AT_START + max(new * (1.0 - new), 1.0 / REPLIES) / REPLIES
-    return new - old, (new - old) / math.sqrt(noise)
 
 
 def agrees(reply: str, opinion: Opinion) -> bool:
