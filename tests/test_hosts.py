@@ -142,7 +142,7 @@ def test_a_host_that_is_lost_is_told_of_in_time_and_one_process_finishes_the_run
     assert all(shared.ended(3.0 * PATIENCE_SECONDS)), "an end without an error"
     assert time.monotonic() - cut_at < 2.0 * PATIENCE_SECONDS
     for host in range(2):
-        words = rf"process {host} of 2, on \S+, waited for .* and lost the others: .* resume from it"
+        words = rf"process {host} of 2, on \S+, waited for .* and lost the others: .* goes on from the last checkpoint"
         assert len(re.findall(words, shared.said(host))) == 1, shared.said(host)[-3000:]
         assert "Traceback" not in shared.said(host)
     assert f"go on with: tether resume {shared.run}" in shared.said(0)
