@@ -55,6 +55,7 @@ export function openStream(before: Stream | null, runs: readonly Followed[], ear
       })
     }
     source = made
+    look() // a stream may begin where nobody looks
   }
   const rest = (): void => source?.close()
   function look(): void {
